@@ -1,0 +1,42 @@
+"""The options of one engine process, parsed once at the edge (cli.py) and never written back.
+
+Names and meanings are vLLM's where vLLM has the option. What is derived from the options (how many KV blocks fit, the
+longest context) is a separate object: sizing.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What the engine core needs to load a model and schedule requests."""
+
+    model: Path  # a GGUF file on this machine
+    served_model_names: tuple[str, ...]  # names that clients may use; the first one is reported
+    dtype: DType = "auto"  # computation and KV-cache type; auto: bfloat16 where the device computes it natively, else float32
+    device: Device = "auto"  # auto: cuda where there is a usable GPU, else cpu; an explicit device is never replaced
+    tensor_parallel_size: int = 1  # ranks that share the model
+    max_model_len: int | None = None  # longest prompt + output in tokens; None: what the model and the KV budget allow
+    max_num_seqs: int = 64  # requests that may run in one step
+    max_num_batched_tokens: int = 512  # token budget of one step, decodes and prefill chunks together
+    block_size: int | None = None  # KV slots in a block; None: 8 on CPU, 16 on GPU
+    kv_cache_memory_bytes: int | None = None  # memory for KV blocks; None: a share of what the cgroup or the GPU has free
+    seed: int = 0  # seeds the sampling of requests that bring no seed of their own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """What the API process needs besides the engine."""
+
+    engine: EngineConfig
+    host: str = "0.0.0.0"  # noqa: S104 - a server in a pod listens on every address
+    port: int = 8000
+    shutdown_timeout: float = 300.0  # seconds that running requests get to finish after SIGTERM
+    termination_log: Path | None = None  # where a refusal to start is written as JSON for the operator

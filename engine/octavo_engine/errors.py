@@ -1,0 +1,70 @@
+"""Every error that the engine raises on purpose, in one tree.
+
+    OctavoError
+    |-- UserError (ValueError)      what the user gave cannot work; the message names it and the way out
+    |   |-- ConfigError             a command-line option
+    |   |-- ModelNotFound           the model source names nothing that is there
+    |   |-- ModelInvalid            the file is truncated, corrupt or of an unknown kind
+    |   |-- ModelUnsupported        a well-formed model that this engine cannot run
+    |   |-- ModelDoesNotFit         weights or one sequence's KV cache exceed the memory
+    |   |-- DeviceMissing           --device asks for hardware that is not there
+    |   `-- RequestInvalid          an HTTP request; `param` names the field
+    `-- EngineDead                  the engine process ended or stopped answering
+
+A UserError that stops the process at start is written to the termination log as
+`{"reason": <class name>, "message": ..., "facts": {...}}`, which is how the operator learns of it. The class name is the
+reason and so part of the contract with the operator.
+"""
+
+from __future__ import annotations
+
+
+class OctavoError(Exception):
+    """The root of the tree."""
+
+
+class UserError(OctavoError, ValueError):
+    """What the user gave cannot work; the message says what and how to mend it."""
+
+    @property
+    def reason(self) -> str:
+        """The CamelCase name that the operator puts into a condition."""
+        return type(self).__name__
+
+
+class ConfigError(UserError):
+    """A command-line option is wrong or two of them contradict each other."""
+
+
+class ModelNotFound(UserError):
+    """The model source names nothing that is there."""
+
+
+class ModelInvalid(UserError):
+    """The model file is truncated, corrupt or of an unknown kind."""
+
+
+class ModelUnsupported(UserError):
+    """The model is well formed, but this engine cannot run it."""
+
+
+class ModelDoesNotFit(UserError):
+    """The weights, or the KV cache of one sequence, need more memory than there is."""
+
+
+class DeviceMissing(UserError):
+    """The device asked for is not usable in this process."""
+
+
+class RequestInvalid(UserError):
+    """An HTTP request cannot be served as it stands; becomes a 400 (or `status`) with OpenAI's envelope."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param  # the request field at fault, as OpenAI's envelope names it
+        self.code = code  # machine-readable reason, such as "model_not_found" or "context_length_exceeded"
+        self.status = status
+
+
+class EngineDead(OctavoError):
+    """The engine process ended or stopped making progress."""

@@ -1,0 +1,101 @@
+"""What crosses the border between the API process and the engine process, as msgpack over a stream socket.
+
+client.py (API side) and core.py (engine side) are the only users. Every message is a frozen struct with a tag; a frame
+is a 4-byte big-endian length and the msgpack bytes. End of file on the socket is how each side learns that the other is gone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from octavo_engine.plan import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The base of every message; the tag is the class name."""
+
+
+# API -> engine
+
+
+class AddRequest(Message, frozen=True):
+    """Start a request. The id is unique among living requests."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+class AbortRequest(Message, frozen=True):
+    """Stop a request (client gone, or a stop string was found). Unknown ids are ignored: it may just have ended."""
+
+    request_id: str
+
+
+class Shutdown(Message, frozen=True):
+    """End the engine process now; what still runs is dropped. Draining is the API process' work."""
+
+
+# engine -> API
+
+
+class Loading(Message, frozen=True):
+    """Progress before the engine can serve."""
+
+    phase: str  # CamelCase, such as "Loading" or "Warmup"
+    done: int  # bytes
+    total: int  # bytes
+
+
+class EngineFacts(Message, frozen=True):
+    """Sent once, when the engine is ready to serve."""
+
+    max_model_len: int  # longest prompt + output, tokens
+    block_size: int
+    num_blocks: int
+    dtype: str
+    device: str
+    num_parameters: int
+
+
+class Refused(Message, frozen=True):
+    """The engine cannot start; it ends after this message."""
+
+    reason: str  # UserError.reason
+    message: str
+    facts: dict[str, int | float | str]
+
+
+class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step brought one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # new tokens in order; a final EOS or stop token is included
+    finish_reason: FinishReason | None = None  # set on the last update
+    error: str | None = None  # with finish_reason "error"
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduler's gauges after a step, and counters since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_blocks: int
+    num_preemptions: int  # since start
+    step: int  # steps since start: that it moves while num_running > 0 is what liveness means
+
+
+class StepOutputs(Message, frozen=True):
+    """After each step, and at least every second while idle (then without updates) as a sign of life."""
+
+    updates: tuple[RequestUpdate, ...]
+    stats: SchedulerStats
+
+
+ToEngine = AddRequest | AbortRequest | Shutdown
+ToClient = Loading | EngineFacts | Refused | StepOutputs

@@ -1,0 +1,65 @@
+"""The contracts between scheduler, model runner and sampler: one step's work and one step's outcome.
+
+The scheduler (scheduler.py) writes a StepPlan, the runner (runner.py) turns it into tensors and answers with a
+StepResult, which the scheduler takes back. Everything here is frozen and free of torch, so that a plan can be built in
+a test by hand and, later, be sent to other tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends. Validated at the HTTP edge; here every value is legal."""
+
+    max_tokens: int  # generate at most this many tokens; > 0
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this; 1: all
+    top_k: int = 0  # keep this many most likely tokens; 0: all
+    min_p: float = 0.0  # keep tokens at least this likely relative to the most likely; 0: all
+    seed: int | None = None  # the draw is a function of seed and position only; None: the engine's seed and the request id
+    stop_token_ids: tuple[int, ...] = ()  # any of these ends the request with "stop", besides the model's own EOS
+    ignore_eos: bool = False  # go on after EOS (benchmarks)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # the tokens to compute in this step; never empty
+    num_computed_tokens: int  # tokens whose KV is already in the cache: the position of token_ids[0]
+    block_ids: tuple[int, ...]  # the block table: block i holds positions [i * block_size, (i + 1) * block_size)
+    needs_token: bool  # the last of token_ids is the request's newest token, so a next token is sampled after it
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All the work of one step. Ragged: each request brings as many tokens as the budget gave it."""
+
+    step: int  # counts from 0
+    requests: tuple[ScheduledRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step, over all requests."""
+        return sum(len(request.token_ids) for request in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestResult:
+    """What a step produced for one request that had needs_token set: exactly one of the two fields is set."""
+
+    token_id: int | None = None
+    error: str | None = None  # why this request alone fails (NaN logits); the others are not touched
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The answer to a StepPlan: one entry for each request with needs_token set."""
+
+    step: int
+    results: dict[str, RequestResult]  # by request id
