@@ -8,6 +8,10 @@ a test by hand and, later, be sent to other tensor-parallel ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from octavo_engine.messages import EngineFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +67,23 @@ class StepResult:
 
     step: int
     results: dict[str, RequestResult]  # by request id
+
+
+class Runner(Protocol):
+    """What computes a step: the model with its KV cache (runner.py), or a fake in the tests of the loop."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute every token of the plan and sample for each request with needs_token set.
+
+        What fails for one request alone is told in its RequestResult; what this raises ends the engine process.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What `runner.load_runner(config, on_progress)` gives to the engine loop."""
+
+    runner: Runner
+    facts: EngineFacts  # block_size, num_blocks and max_model_len are what the scheduler works with
+    eos_token_ids: frozenset[int]  # any of these ends a request, unless it asked for ignore_eos
