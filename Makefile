@@ -1,0 +1,75 @@
+# Every command that people and CI run. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+CLUSTER := PYTHONPATH=e2e $(PYTHON) -m octavo_cluster
+# A CPU build of torch beside the checkout saves the download of the CUDA build; without it everything works, only slower.
+WHEELS := $(wildcard ../shared/wheels)
+PIP_COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --no-header --no-annotate
+
+.PHONY: help
+help: ## Say what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@echo "==> Python environment in $(VENV)"
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Octavo needs Python 3.11 or newer; python3 is $$(python3 --version)"; exit 1; }
+	@[ -x $(PYTHON) ] || python3 -m venv $(VENV) || { rm -rf $(VENV); apt-get update -qq && apt-get install -y -qq python3-venv && python3 -m venv $(VENV); }
+	@$(VENV)/bin/pip install --quiet --constraint constraints.txt uv
+	@$(VENV)/bin/uv pip install --python $(PYTHON) $(addprefix --find-links ,$(WHEELS)) --constraint constraints.txt --editable '.[engine,operator]' --group dev
+	@touch $@
+
+.PHONY: venv
+venv: $(VENV)/.stamp ## Set up .venv with both halves, editable, and the development tools
+
+.PHONY: demo
+demo: venv ## From nothing to an answer streamed out of a real pod on a real cluster
+	@$(CLUSTER) demo
+
+.PHONY: demo-down
+demo-down: venv ## Take the cluster down and leave nothing of it
+	@$(CLUSTER) down
+
+.PHONY: run
+run: venv ## Chat with the demo model on the terminal, no cluster
+	@$(CLUSTER) model
+	@$(VENV)/bin/octavo run smollm2
+
+.PHONY: test
+test: lint ## Everything CI runs: lint, unit, API server, e2e on a real cluster
+	@$(CLUSTER) prepare
+	@$(PYTHON) -m pytest
+
+.PHONY: test-unit
+test-unit: venv ## Only the tests that need neither the model nor an API server nor a cluster
+	@$(PYTHON) -m pytest -m "not model and not apiserver and not e2e"
+
+.PHONY: lint
+lint: venv ## ruff, mypy strict, import-linter, generated files up to date
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(PYTHON) -m octavo_operator.api.crd --check
+
+.PHONY: format
+format: venv ## Format and fix what ruff can fix
+	@$(VENV)/bin/ruff check --fix
+	@$(VENV)/bin/ruff format
+
+.PHONY: generate
+generate: venv ## Write the generated files anew (CRD, chart template, manifests/install)
+	@$(PYTHON) -m octavo_operator.api.crd
+
+.PHONY: lock
+lock: venv ## Resolve the newest versions, at least a week old, into constraints.txt
+	@{ echo '# Every version that Octavo is built and tested with; written by `make lock`, read by every install as --constraint.'; \
+	   $(PIP_COMPILE) --upgrade --exclude-newer "$$(date -u -d '7 days ago' +%F)" --quiet; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+
+.PHONY: clean
+clean: ## Remove .venv and what the tools cached in the checkout
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
