@@ -1,7 +1,7 @@
 """What crosses the border between the API process and the engine process, as msgpack over a stream socket.
 
 client.py (API side) and core.py (engine side) are the only users. Every message is a frozen struct with a tag; a frame
-is a 4-byte big-endian length and the msgpack bytes. End of file on the socket is how each side learns that the other is gone.
+is a 4-byte big-endian length and the msgpack bytes. End of file on the socket tells each side that the other is gone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from octavo_engine.plan import SamplingParams
+from octavo_engine.plan import SamplingParams  # noqa: TC001 - msgspec resolves annotations at run time
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -86,6 +86,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int
     num_used_blocks: int
     num_blocks: int
+    num_used_slots: int  # KV slots that hold a token; the waste is 1 - num_used_slots / (num_used_blocks * block_size)
     num_preemptions: int  # since start
     step: int  # steps since start: that it moves while num_running > 0 is what liveness means
 

@@ -10,27 +10,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 if TYPE_CHECKING:
     from octavo_engine.messages import EngineFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen and when it ends. Validated at the HTTP edge; here every value is legal."""
+    """How the tokens of one request are chosen and when it ends. Validated at the HTTP edge; all values here are legal."""
 
     max_tokens: int  # generate at most this many tokens; > 0
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this; 1: all
     top_k: int = 0  # keep this many most likely tokens; 0: all
     min_p: float = 0.0  # keep tokens at least this likely relative to the most likely; 0: all
-    seed: int | None = None  # the draw is a function of seed and position only; None: the engine's seed and the request id
+    seed: int | None = None  # the draw depends on seed and position only; None: the engine's seed and the request id
     stop_token_ids: tuple[int, ...] = ()  # any of these ends the request with "stop", besides the model's own EOS
     ignore_eos: bool = False  # go on after EOS (benchmarks)
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """One request's share of a step."""
+class ScheduledRequest(msgspec.Struct, frozen=True):
+    """One request's share of a step. A struct: it is made for every token, and a frozen dataclass takes 6 times as long."""
 
     request_id: str
     token_ids: tuple[int, ...]  # the tokens to compute in this step; never empty

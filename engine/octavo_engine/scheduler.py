@@ -1,0 +1,275 @@
+"""Which request computes how many tokens in the next step, and which KV blocks it gets.
+
+Called by the engine loop (core.py), one step at a time: `schedule()`, then `update()` with what the runner made of the
+plan. The only place where a Request is mutated. Knows nothing of tensors, text or HTTP.
+
+There are no phases: every running request lags behind its known tokens, and a step is one budget of
+`max_num_batched_tokens` given to those that lag:
+
+1. Decodes (one token behind), all of them. `max_num_batched_tokens >= max_num_seqs`, so there is always room.
+2. Admissions, first come first served, while a seat (`max_num_seqs`) is free and the KV of all tokens known so far fits
+   now. Their blocks are taken at once, so a prefill that has begun never runs out of blocks.
+3. Prefills share what is left after the decodes, the shortest remaining first, but the oldest of them is sure of one
+   part in OLDEST_PREFILL_PARTS of it.
+
+So long prompts get what is left after decodes and short prompts, and nobody starves. With B =
+`max_num_batched_tokens`, S = `max_num_seqs` and F = ceil((B - S + 1) / OLDEST_PREFILL_PARTS):
+
+- Long prompts cannot hold up short ones: whatever is running, three quarters of what the decodes leave goes to the
+  shortest prompts. Those that fit into it are computed in the step that admits them.
+- Short prompts cannot hold up long ones: the oldest unfinished prompt computes at least F tokens in every step. Once
+  admitted, a prompt is done after at most the sum of ceil(n / F) steps over itself and the unfinished prompts admitted
+  before it, n their uncomputed tokens, however many arrive later.
+
+When a decode finds no free block, the latest-admitted running request is preempted: its blocks are freed, and it waits
+at the head of the queue to be recomputed. So running and waiting requests together are always in order of arrival, and
+the oldest is never preempted: every request fits alone, it runs to its end, and then the next one is the oldest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from octavo_engine.errors import RequestInvalid
+from octavo_engine.kvcache.manager import KVCacheManager
+from octavo_engine.messages import RequestUpdate, SchedulerStats
+from octavo_engine.plan import ScheduledRequest, StepPlan
+from octavo_engine.request import Request, RequestStatus
+
+if TYPE_CHECKING:
+    from octavo_engine.messages import AddRequest, FinishReason
+    from octavo_engine.plan import StepResult
+
+OLDEST_PREFILL_PARTS = 4
+
+
+class Scheduler:
+    """Continuous batching over a paged KV cache.
+
+    Args:
+        num_blocks: blocks in the KV cache; together they hold at least max_model_len tokens.
+        block_size: KV slots in a block.
+        max_model_len: longest prompt + output, in tokens.
+        max_num_seqs: requests that may run in one step.
+        max_num_batched_tokens: token budget of one step, at least max_num_seqs.
+        eos_token_ids: the model's end-of-sequence tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        assert max_model_len <= num_blocks * block_size, "a request of max_model_len tokens must fit alone"
+        assert max_num_batched_tokens >= max_num_seqs, "the budget must hold every decode"
+        self._kv = KVCacheManager(num_blocks=num_blocks, block_size=block_size)
+        self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._eos_token_ids = eos_token_ids
+        self._requests: dict[str, Request] = {}  # every living request
+        self._running: list[Request] = []  # in order of admission, which is the order of arrival
+        self._waiting: deque[Request] = deque()  # in order of arrival; preempted requests at the head
+        self._num_added = 0
+        self._num_preemptions = 0
+        self._step = 0
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether anything is running or waiting: then schedule() has work."""
+        return bool(self._requests)
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestInvalid: the prompt is empty, or leaves no room for a single token of output.
+        """
+        num_prompt_tokens = len(message.prompt_token_ids)
+        if num_prompt_tokens == 0:
+            raise RequestInvalid("the prompt has no tokens", param="prompt")
+        if num_prompt_tokens >= self._max_model_len:
+            raise RequestInvalid(
+                f"the prompt has {num_prompt_tokens} tokens; prompt and output together may have {self._max_model_len}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        assert message.request_id not in self._requests, f"request id {message.request_id} is in use"
+        sampling = message.sampling
+        stop_token_ids = frozenset(sampling.stop_token_ids)
+        request = Request(
+            request_id=message.request_id,
+            arrival=self._num_added,
+            prompt_token_ids=message.prompt_token_ids,
+            sampling=sampling,
+            stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
+            max_num_tokens=min(num_prompt_tokens + sampling.max_tokens, self._max_model_len),
+        )
+        self._num_added += 1
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks, between two steps; no update follows. Unknown ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        (self._running if request.status is RequestStatus.RUNNING else self._waiting).remove(request)
+        self._finish(request)
+
+    def schedule(self) -> StepPlan | None:
+        """Choose the work of the next step; None if there are no requests."""
+        scheduled, prefills = self._schedule_decodes()
+        self._admit(prefills)
+        if prefills:
+            scheduled += self._schedule_prefills(prefills, self._max_num_batched_tokens - len(scheduled))
+        return StepPlan(self._step, tuple(scheduled)) if scheduled else None
+
+    def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
+        """Take in what a step computed and sampled; one update for each request with needs_token set."""
+        assert result.step == plan.step == self._step, "steps are taken back in order"
+        self._step += 1
+        updates = []
+        any_finished = False
+        for scheduled in plan.requests:
+            request = self._requests[scheduled.request_id]
+            request.num_computed_tokens += len(scheduled.token_ids)
+            if not scheduled.needs_token:
+                continue
+            row = result.results[scheduled.request_id]
+            if row.token_id is None:
+                finish_reason: FinishReason | None = "error"
+            else:
+                finish_reason = request.append(row.token_id)
+            if finish_reason is not None:
+                self._finish(request)
+                any_finished = True
+            updates.append(
+                RequestUpdate(
+                    request_id=request.request_id,
+                    token_ids=() if row.token_id is None else (row.token_id,),
+                    finish_reason=finish_reason,
+                    error=row.error,
+                )
+            )
+        if any_finished:
+            self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
+        return tuple(updates)
+
+    def stats(self) -> SchedulerStats:
+        """Gauges and counters as they are between two steps."""
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_used_blocks=self._kv.num_used_blocks,
+            num_blocks=self._kv.num_blocks,
+            num_used_slots=sum(request.num_computed_tokens for request in self._running),
+            num_preemptions=self._num_preemptions,
+            step=self._step,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert, between two steps, that queues, requests and blocks agree. O(blocks + requests)."""
+        alive = [*self._running, *self._waiting]
+        assert {request.request_id: request for request in alive} == self._requests, "a living request is in no queue"
+        assert all(a.arrival < b.arrival for a, b in pairwise(alive)), "out of order of arrival"
+        assert len(self._running) <= self._max_num_seqs, "more requests run than there are seats"
+        for request in self._running:
+            assert request.status is RequestStatus.RUNNING, f"{request.request_id} runs as {request.status}"
+            assert request.num_uncomputed_tokens > 0, f"{request.request_id} has nothing to compute"
+            num_slots = len(request.block_ids) * self._kv.block_size
+            assert request.num_computed_tokens <= num_slots, f"{request.request_id} has KV outside its block table"
+        for request in self._waiting:
+            assert request.status is RequestStatus.WAITING, f"{request.request_id} waits as {request.status}"
+            assert not request.block_ids, f"{request.request_id} holds blocks while it waits"
+            assert request.num_computed_tokens == 0, f"{request.request_id} counts KV that is freed"
+        self._kv.check_integrity(request.block_ids for request in self._running)
+
+    def _schedule_decodes(self) -> tuple[list[ScheduledRequest], list[Request]]:
+        """Schedule every running request that is one token behind; return these and the others, the prefills."""
+        block_size = self._kv.block_size
+        decodes: list[ScheduledRequest] = []
+        prefills: list[Request] = []
+        for request in self._running:  # preemption pops at the end, so what this loop has passed stays
+            num_tokens = len(request.token_ids)
+            if num_tokens - request.num_computed_tokens > 1:
+                prefills.append(request)
+            elif num_tokens <= len(request.block_ids) * block_size or self._grow(request):
+                newest = (request.token_ids[-1],)
+                decodes.append(
+                    ScheduledRequest(
+                        request.request_id, newest, num_tokens - 1, request.block_ids, True, request.sampling
+                    )
+                )
+        return decodes, prefills
+
+    def _grow(self, request: Request) -> bool:
+        """Give a running request slots for all its tokens, if need be by preemption; False if it was preempted itself."""
+        while (block_ids := self._kv.allocate(request.block_ids, request.num_tokens)) is None:
+            victim = self._running.pop()
+            self._release(victim)
+            victim.status = RequestStatus.WAITING
+            self._waiting.appendleft(victim)
+            self._num_preemptions += 1
+            if victim is request:
+                return False
+        request.block_ids = block_ids
+        return True
+
+    def _admit(self, prefills: list[Request]) -> None:
+        """Move waiting requests to the running ones and to `prefills`, first come first served, while they fit."""
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            request = self._waiting[0]
+            block_ids = self._kv.allocate((), request.num_tokens)
+            if block_ids is None:
+                break
+            request.block_ids = block_ids
+            request.status = RequestStatus.RUNNING
+            self._running.append(self._waiting.popleft())
+            prefills.append(request)
+
+    def _schedule_prefills(self, prefills: list[Request], budget: int) -> list[ScheduledRequest]:
+        """Share `budget` > 0 tokens among the prefills (in order of arrival) by the rule of the module's docstring."""
+        oldest = prefills[0]
+        reserved = min(oldest.num_uncomputed_tokens, -(-budget // OLDEST_PREFILL_PARTS))
+        budget -= reserved
+        scheduled = []
+        for request in sorted(prefills, key=lambda request: request.num_uncomputed_tokens):
+            if request is oldest:
+                budget += reserved
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            if num_tokens == 0:
+                continue
+            budget -= num_tokens
+            start = request.num_computed_tokens
+            end = start + num_tokens
+            scheduled.append(
+                ScheduledRequest(
+                    request.request_id,
+                    tuple(request.token_ids[start:end]),
+                    start,
+                    request.block_ids,
+                    end == request.num_tokens,
+                    request.sampling,
+                )
+            )
+        return scheduled
+
+    def _finish(self, request: Request) -> None:
+        """End a request; the caller takes it out of its queue."""
+        self._release(request)
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.request_id]
+
+    def _release(self, request: Request) -> None:
+        """Free a request's blocks; its KV has to be computed anew if it goes on."""
+        self._kv.free(request.block_ids)
+        request.block_ids = ()
+        request.num_computed_tokens = 0
