@@ -1,0 +1,1 @@
+"""The InferenceService resource: its types (v1alpha1.py) and the CRD made from them (crd.py)."""

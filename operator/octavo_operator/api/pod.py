@@ -1,0 +1,148 @@
+"""The parts of a spec that pass through to the pods: resources, placement, labels.
+
+Used by v1alpha1.py only. Names and meanings are those of the core API; typed and bounded rather than a whole PodSpec,
+which would be half a megabyte of schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Field
+
+from octavo_operator import names
+from octavo_operator.api.base import (
+    LabelKey,
+    LabelValue,
+    Model,
+    ObjectName,
+    Quantity,
+    Rule,
+    Sequence,
+    cel_list,
+    quantity_value,
+    valid_keys,
+)
+
+# Labels by which the operator, Deployment and Service know their pods.
+OWNED_LABELS: Final = tuple(sorted({*names.labels("x"), "pod-template-hash"}))
+
+
+class ResourceList(Model):
+    """Amounts of what a node has. GPUs are set by accelerator.count."""
+
+    cpu: Quantity | None = Field(default=None, description="Cores, such as 500m or 4.")
+    memory: Quantity | None = Field(
+        default=None, description="Bytes, such as 16Gi. Holds the weights and the KV cache."
+    )
+    ephemeral_storage: Quantity | None = Field(
+        default=None,
+        alias="ephemeral-storage",
+        description="Bytes on the node's disk, such as 20Gi. A remote model is stored there.",
+    )
+
+
+def _within_limit(field: str, cel_field: str) -> Rule:
+    def holds(it: Any) -> bool:
+        request, limit = getattr(it.requests, field), getattr(it.limits, field)
+        return request is None or limit is None or quantity_value(request) <= quantity_value(limit)
+
+    return Rule(
+        cel=f"!has(self.requests.{cel_field}) || !has(self.limits.{cel_field}) || "
+        f"quantity(string(self.requests.{cel_field})).compareTo(quantity(string(self.limits.{cel_field}))) <= 0",
+        holds=holds,
+        message=f"requests of {field.replace('_', '-')} must not be greater than its limits",
+    )
+
+
+class ResourcesSpec(Model):
+    """What each pod asks for and what it may use at most."""
+
+    rules: ClassVar = (
+        _within_limit("cpu", "cpu"),
+        _within_limit("memory", "memory"),
+        _within_limit("ephemeral_storage", "ephemeral__dash__storage"),
+    )
+
+    requests: ResourceList = Field(default=ResourceList(), description="What the scheduler sets aside on a node.")
+    limits: ResourceList = Field(
+        default=ResourceList(),
+        description="What the container may use. The engine sizes its KV cache within the memory limit.",
+    )
+
+
+class Toleration(Model):
+    """Lets the pods run on nodes with a matching taint."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="self.operator == 'Exists' || has(self.key)",
+            holds=lambda it: it.operator == "Exists" or it.key is not None,
+            message="operator Equal needs a key; to tolerate every taint, set operator to Exists",
+        ),
+        Rule(
+            cel="self.operator == 'Equal' || !has(self.value)",
+            holds=lambda it: it.operator == "Equal" or it.value is None,
+            message="operator Exists takes no value: leave value out, or set operator to Equal",
+        ),
+        Rule(
+            cel="!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            holds=lambda it: it.toleration_seconds is None or it.effect == "NoExecute",
+            message="tolerationSeconds needs effect NoExecute",
+        ),
+    )
+
+    key: Annotated[LabelKey, Field(min_length=1)] | None = Field(
+        default=None, description="The taint's key. Not set: every key, with operator Exists."
+    )
+    operator: Literal["Equal", "Exists"] = Field(default="Equal", description="How key and value relate to the taint.")
+    value: LabelValue | None = Field(default=None, description="The taint's value, for operator Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="The taint's effect. Not set: every effect."
+    )
+    toleration_seconds: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="How long to stay on a node that gets a NoExecute taint. Not set: for ever."
+    )
+
+
+class ImagePullSecret(Model):
+    """A Secret of this namespace."""
+
+    name: ObjectName = Field(description="The Secret's name.")
+
+
+class PodSettings(Model):
+    """What else the pods need on this cluster."""
+
+    node_selector: Annotated[dict[str, LabelValue], Field(max_length=16), valid_keys("label")] = Field(
+        default={}, description="Labels that a node must have."
+    )
+    tolerations: Annotated[Sequence[Toleration], Field(max_length=16)] = Field(
+        default=(),
+        description="Taints that the pods tolerate. For GPUs the usual one, nvidia.com/gpu, is always there.",
+    )
+    labels: Annotated[
+        dict[str, LabelValue],
+        Field(max_length=32),
+        valid_keys("label"),
+        Rule(
+            cel=f"self.all(key, !(key in {cel_list(OWNED_LABELS)}))",
+            holds=lambda it: not any(key in OWNED_LABELS for key in it),
+            message=f"must not contain a label that the operator sets: {', '.join(OWNED_LABELS)}",
+        ),
+    ] = Field(default={}, description="More labels for the pods.")
+    annotations: Annotated[
+        dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=32), valid_keys("annotation")
+    ] = Field(default={}, description="Annotations for the pods.")
+    image_pull_secrets: Annotated[
+        Sequence[ImagePullSecret],
+        Field(
+            max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = Field(default=(), description="Secrets with the credentials of the engine image's registry.")
+    priority_class_name: ObjectName | None = Field(
+        default=None, description="The PriorityClass: who gives way when GPUs are short."
+    )
+    runtime_class_name: ObjectName | None = Field(
+        default=None, description="The RuntimeClass, such as nvidia where that is not the nodes' default."
+    )

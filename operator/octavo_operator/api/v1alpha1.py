@@ -1,0 +1,325 @@
+"""InferenceService, serving.octavo.dev/v1alpha1: the spec that users write and the status that the operator writes.
+
+The source of the CRD (crd.py), of the checks of `kubectl octavo render` and of what the operator reads. Descriptions
+are what `kubectl explain` prints. Every string, list and map is bounded, so that CEL stays within its cost budget.
+Defaults live here and so in the CRD; the operator never writes a spec. The one field whose absence has a meaning is
+`replicas`: a default there would collide with `autoscaling`.
+
+Knows nothing of the children that follow from a spec: desired/.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Field, model_validator
+
+from octavo_operator import names
+from octavo_operator.api.base import LabelValue, Model, Rule, Sequence, cel_list, matches
+from octavo_operator.api.pod import PodSettings, ResourcesSpec
+from octavo_operator.api.source import SOURCE_RULES
+
+# Flags of `octavo serve` that the operator renders itself; a test holds the Deployment to this list.
+OWNED_FLAGS: Final = (
+    "--device",
+    "--dtype",
+    "--host",
+    "--max-model-len",
+    "--max-num-seqs",
+    "--port",
+    "--served-model-name",
+    "--shutdown-timeout",
+    "--tensor-parallel-size",
+    "--termination-log",
+)
+
+
+class ModelSpec(Model):
+    """Which model to serve."""
+
+    source: Annotated[str, Field(min_length=1, max_length=1024), *SOURCE_RULES] = Field(
+        description="Where the GGUF file is: pvc://CLAIM/PATH/FILE.gguf (a PersistentVolumeClaim of this namespace, mounted "
+        "read-only), hf://ORG/REPO[@REVISION]:FILE.gguf (Hugging Face) or https://HOST/PATH/FILE.gguf. Remote files are "
+        "pulled by each pod before it starts."
+    )
+    name: (
+        Annotated[
+            str,
+            Field(min_length=1, max_length=128),
+            matches(
+                "[A-Za-z0-9](?:[-A-Za-z0-9._:/]*[A-Za-z0-9])?",
+                "must consist of letters, digits and - . _ : / with a letter or digit at both ends, such as llama-3.1-8b",
+            ),
+        ]
+        | None
+    ) = Field(default=None, description="The name by which clients ask for the model. Default: metadata.name.")
+
+
+class AcceleratorSpec(Model):
+    """The hardware of each replica."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="self.type != 'nvidia' || has(self.count)",
+            holds=lambda it: it.type != "nvidia" or it.count is not None,
+            message="type nvidia needs count: the number of GPUs for each replica, 1 to 16",
+        ),
+        Rule(
+            cel="self.type != 'cpu' || !has(self.count)",
+            holds=lambda it: it.type != "cpu" or it.count is None,
+            message="count is a number of GPUs: set type to nvidia, or leave count out",
+        ),
+        Rule(
+            cel="self.type != 'cpu' || !has(self.product)",
+            holds=lambda it: it.type != "cpu" or it.product is None,
+            message="product is a model of GPU: set type to nvidia, or leave product out",
+        ),
+    )
+
+    type: Literal["cpu", "nvidia"] = Field(
+        default="cpu", description="cpu, or nvidia for GPUs that the NVIDIA device plugin offers."
+    )
+    count: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        default=None,
+        description="GPUs for each replica. The model is split over all of them: this is the tensor-parallel size.",
+    )
+    product: Annotated[LabelValue, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Run only on nodes with this model of GPU, as their label nvidia.com/gpu.product names it, such as "
+        "NVIDIA-H100-80GB-HBM3.",
+    )
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """The number of ranks that share the model."""
+        return self.count or 1
+
+
+class AutoscalingSpec(Model):
+    """How the number of replicas follows the load."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="self.minReplicas <= self.maxReplicas",
+            holds=lambda it: it.min_replicas <= it.max_replicas,
+            message="minReplicas must not be greater than maxReplicas",
+        ),
+    )
+
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="Never fewer replicas than this.")
+    max_replicas: int = Field(ge=1, le=1000, description="Never more replicas than this.")
+    metric: Literal["cpu"] = Field(
+        default="cpu", description="What is measured. cpu: use of CPU in percent of the CPU that the pods request."
+    )
+    target: Annotated[
+        str,
+        Field(max_length=3),
+        matches("[1-9][0-9]{0,2}", 'must be a percentage from 1 to 999 in quotes, such as "80"'),
+    ] = Field(default="80", description="The average over all pods at which the metric is held: a percentage.")
+
+
+class EngineSpec(Model):
+    """How the engine runs the model."""
+
+    image: (
+        Annotated[
+            str,
+            Field(min_length=1, max_length=512),
+            matches(
+                "[A-Za-z0-9][-A-Za-z0-9._:/@]*", "must be an image reference such as registry.example/octavo-engine:1.0"
+            ),
+        ]
+        | None
+    ) = Field(
+        default=None, description="The engine's container image. Default: the one that the operator was installed with."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="The type of computation and KV cache. auto: bfloat16 where the hardware computes it, else float32.",
+    )
+    max_model_len: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        default=None,
+        description="The longest prompt and answer together, in tokens. Default: what the model and the memory allow.",
+    )
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="Requests that may run at once in one replica; more wait. Default: the engine's."
+    )
+    extra_args: Annotated[
+        Sequence[
+            Annotated[
+                str,
+                Field(max_length=256),
+                matches("--[a-z][-a-z0-9]*(?:=[^\\x00-\\x1f]*)?", "must have the form --flag or --flag=value"),
+            ]
+        ],
+        Field(max_length=32),
+        Rule(
+            cel=f"self.all(arg, !(arg.split('=')[0] in {cel_list(OWNED_FLAGS)}))",
+            holds=lambda it: all(arg.partition("=")[0] not in OWNED_FLAGS for arg in it),
+            message=f"must not contain a flag that the operator sets from the other fields ({', '.join(OWNED_FLAGS)}): "
+            "set that field instead",
+        ),
+    ] = Field(
+        default=(),
+        description="More flags for `octavo serve`, each as --flag or --flag=value. Flags that follow from other fields are refused.",
+    )
+
+
+class EndpointSpec(Model):
+    """How clients reach the model."""
+
+    port: int = Field(default=80, ge=1, le=65535, description="The port of the Service.")
+
+
+class RolloutSpec(Model):
+    """How pods are replaced."""
+
+    drain_seconds: int = Field(
+        default=300,
+        ge=0,
+        le=86_400,
+        description="How long a pod that is to end may take to finish the requests that it is running.",
+    )
+
+
+class InferenceServiceSpec(Model):
+    """What to serve, on what, and how many times."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="!(has(self.replicas) && has(self.autoscaling))",
+            holds=lambda it: it.replicas is None or it.autoscaling is None,
+            message="replicas and autoscaling exclude each other: remove one of them",
+        ),
+        Rule(
+            cel="!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || has(self.resources.requests.cpu) || "
+            "has(self.resources.limits.cpu)",
+            holds=lambda it: (
+                it.autoscaling is None
+                or it.autoscaling.metric != "cpu"
+                or bool(it.resources.requests.cpu or it.resources.limits.cpu)
+            ),
+            message="autoscaling by cpu measures the share of the CPU that a pod requests: set resources.requests.cpu",
+        ),
+        Rule(
+            cel=f"!has(self.accelerator.product) || !('{names.GPU_PRODUCT_LABEL}' in self.pod.nodeSelector)",
+            holds=lambda it: it.accelerator.product is None or names.GPU_PRODUCT_LABEL not in it.pod.node_selector,
+            message=f"accelerator.product and pod.nodeSelector['{names.GPU_PRODUCT_LABEL}'] say the same: remove one of them",
+        ),
+    )
+
+    model: ModelSpec = Field(description="Which model to serve.")
+    accelerator: AcceleratorSpec = Field(default=AcceleratorSpec(), description="The hardware of each replica.")
+    replicas: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        default=None,
+        description="How many pods serve the model; 0 suspends the service. Default: 1. Excludes autoscaling.",
+    )
+    autoscaling: AutoscalingSpec | None = Field(
+        default=None, description="Lets the number of replicas follow the load. Excludes replicas."
+    )
+    engine: EngineSpec = Field(default=EngineSpec(), description="How the engine runs the model.")
+    endpoint: EndpointSpec = Field(default=EndpointSpec(), description="How clients reach the model.")
+    rollout: RolloutSpec = Field(default=RolloutSpec(), description="How pods are replaced.")
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="CPU, memory and disk of each pod.")
+    pod: PodSettings = Field(default=PodSettings(), description="What else the pods need on this cluster.")
+
+
+class Condition(Model):
+    """One aspect of the service's state, as in metav1.Condition."""
+
+    type: str = Field(min_length=1, max_length=63, description="The aspect, such as Ready.")
+    status: Literal["True", "False", "Unknown"] = Field(description="True, False, or Unknown while it is in progress.")
+    reason: str = Field(min_length=1, max_length=256, description="Why, in one CamelCase word for programs.")
+    message: str = Field(max_length=32_768, description="Why, and what to do about it, for people.")
+    observed_generation: int = Field(ge=0, description="The metadata.generation that this speaks of.")
+    last_transition_time: str = Field(
+        max_length=64,
+        description="When status changed last.",
+        json_schema_extra={"format": "date-time"},
+    )
+
+
+class InferenceServiceStatus(Model):
+    """What the operator sees."""
+
+    observed_generation: int | None = Field(
+        default=None, ge=0, description="The metadata.generation that this status speaks of."
+    )
+    conditions: Annotated[
+        Sequence[Condition],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
+    ] = Field(default=(), description="The state, aspect by aspect; Ready sums it up.")
+    url: Annotated[str, Field(max_length=1024)] | None = Field(
+        default=None, description="The base URL of the OpenAI API inside the cluster: what goes into OPENAI_BASE_URL."
+    )
+    replicas: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Pods that there are.")
+    ready_replicas: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Pods that serve the model.")
+    selector: Annotated[str, Field(max_length=1024)] | None = Field(
+        default=None, description="The label selector of the pods, for autoscalers and `kubectl get pods -l`."
+    )
+    tensor_parallel_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Over how many GPUs each replica splits the model."
+    )
+    model: dict[str, Any] | None = Field(
+        default=None, description="Facts of the model, as the engine read them from its file."
+    )
+    engine_image: Annotated[str, Field(max_length=512)] | None = Field(
+        default=None, description="The engine image that the pods are to run."
+    )
+
+
+class ObjectMeta(Model):
+    """The part of an object's metadata that Octavo reads. The rest is Kubernetes' own business and dropped."""
+
+    name: str
+    namespace: str | None = None
+    uid: str | None = None
+    generation: int | None = None
+    deletion_timestamp: str | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_the_rest(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        known = {field.alias for field in cls.model_fields.values()}
+        return {key: value for key, value in data.items() if key in known and value is not None}
+
+
+class InferenceService(Model):
+    """A model that is served over an OpenAI-compatible HTTP API."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+            holds=lambda it: re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", it.metadata.name) is not None,
+            message="metadata.name must be the name of a Service: lower-case letters, digits and '-', starting with a letter",
+        ),
+        Rule(
+            cel=f"size(self.metadata.name) <= {names.MAX_NAME_LENGTH}",
+            holds=lambda it: len(it.metadata.name) <= names.MAX_NAME_LENGTH,
+            message=f"metadata.name must not be longer than {names.MAX_NAME_LENGTH} characters: names of pods are made from it",
+        ),
+    )
+
+    api_version: Literal["serving.octavo.dev/v1alpha1"]
+    kind: Literal["InferenceService"]
+    metadata: ObjectMeta
+    spec: InferenceServiceSpec
+    status: InferenceServiceStatus = InferenceServiceStatus()
+
+    @property
+    def name(self) -> str:
+        """The object's name, which its children share."""
+        return self.metadata.name
+
+    @property
+    def served_model_name(self) -> str:
+        """The name by which clients ask for the model."""
+        return self.spec.model.name or self.metadata.name

@@ -1,0 +1,198 @@
+"""The Deployment that runs the engine.
+
+Called by desired.children; pure. Here the resource becomes the engine's command line: everything that a user wrote is
+passed as `--flag=value`, so that no value can be read as another flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from octavo_operator import names
+from octavo_operator.api import source
+from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.desired.metadata import Manifest, object_meta
+
+MODEL_DIR: Final = "/models"
+PULLED_FILE: Final = f"{MODEL_DIR}/model.gguf"
+TERMINATION_LOG: Final = "/dev/termination-log"
+
+USER_ID: Final = 65532  # the "nonroot" of distroless images; numeric, so that runAsNonRoot can be checked
+PRE_STOP_SECONDS: Final = 5  # a pod that is to end serves on while the endpoints forget it
+EXIT_MARGIN_SECONDS: Final = 25  # after the drain: to close the sockets and end the engine process
+STARTUP_PERIOD_SECONDS: Final = 2  # a small model is ready at once
+STARTUP_BUDGET_SECONDS: Final = 3 * 3600  # a large one reads hundreds of gigabytes from a slow disk
+OLD_REPLICA_SETS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """Where the engine finds the model, and what the pod needs for that."""
+
+    path: str  # in the engine's container
+    volume: Manifest  # mounted at MODEL_DIR
+    init_containers: tuple[Manifest, ...]
+
+
+def build(service: InferenceService, *, engine_image: str) -> Manifest:
+    """The manifest of the Deployment.
+
+    Args:
+        service: the resource.
+        engine_image: the image for services that name none.
+    """
+    spec = service.spec
+    manifest_spec: Manifest = {
+        "selector": {"matchLabels": names.selector(service.name)},
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+        "progressDeadlineSeconds": STARTUP_BUDGET_SECONDS + 600,
+        "revisionHistoryLimit": OLD_REPLICA_SETS,
+        "template": _pod_template(service, spec.engine.image or engine_image),
+    }
+    if spec.autoscaling is None:  # else the number is the autoscaler's, and applying one would fight it
+        manifest_spec["replicas"] = 1 if spec.replicas is None else spec.replicas
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": object_meta(service, names.deployment(service.name)),
+        "spec": manifest_spec,
+    }
+
+
+def _pod_template(service: InferenceService, image: str) -> Manifest:
+    spec, pod = service.spec, service.spec.pod
+    model = _model(service, image)
+    metadata: Manifest = {"labels": {**pod.labels, **names.labels(service.name)}}
+    if pod.annotations:
+        metadata["annotations"] = dict(pod.annotations)
+    volumes: list[Manifest] = [{"name": "model", **model.volume}, {"name": "tmp", "emptyDir": {}}]
+    if spec.accelerator.tensor_parallel_size > 1:
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+    pod_spec: Manifest = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": PRE_STOP_SECONDS + spec.rollout.drain_seconds + EXIT_MARGIN_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        **_placement(service),
+        "containers": [_engine_container(service, image, model.path)],
+        "volumes": volumes,
+    }
+    if model.init_containers:
+        pod_spec["initContainers"] = list(model.init_containers)
+    return {"metadata": metadata, "spec": pod_spec}
+
+
+def _placement(service: InferenceService) -> Manifest:
+    """Where the pods may run, and on whose account."""
+    accelerator, pod = service.spec.accelerator, service.spec.pod
+    node_selector = dict(pod.node_selector)
+    if accelerator.product is not None:
+        node_selector[names.GPU_PRODUCT_LABEL] = accelerator.product
+    tolerations = [toleration.to_dict() for toleration in pod.tolerations]
+    if accelerator.type == "nvidia":
+        tolerations.insert(0, {"key": names.GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
+    placement: Manifest = {
+        "nodeSelector": node_selector,
+        "tolerations": tolerations,
+        "imagePullSecrets": [secret.to_dict() for secret in pod.image_pull_secrets],
+        "priorityClassName": pod.priority_class_name,
+        "runtimeClassName": pod.runtime_class_name,
+    }
+    return {key: value for key, value in placement.items() if value}
+
+
+def _model(service: InferenceService, image: str) -> _Model:
+    match source.parse(service.spec.model.source):
+        case source.ClaimFile(claim, path):
+            volume = {"persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+            return _Model(f"{MODEL_DIR}/{path}", volume, ())
+        case source.RemoteFile(url):
+            args = ["pull", url, f"--output={PULLED_FILE}", f"--termination-log={TERMINATION_LOG}"]
+            pull = {
+                **_container(names.PULL_CONTAINER, image, args),
+                "resources": _resources(service, gpus=False),
+                "volumeMounts": [{"name": "model", "mountPath": MODEL_DIR}, {"name": "tmp", "mountPath": "/tmp"}],
+            }
+            return _Model(PULLED_FILE, {"emptyDir": {}}, (pull,))
+
+
+def _engine_container(service: InferenceService, image: str, model_path: str) -> Manifest:
+    mounts: list[Manifest] = [
+        {"name": "model", "mountPath": MODEL_DIR, "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},
+    ]
+    if service.spec.accelerator.tensor_parallel_size > 1:
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    return {
+        **_container(names.ENGINE_CONTAINER, image, _serve_args(service, model_path)),
+        "ports": [{"name": names.HTTP_PORT_NAME, "containerPort": names.HTTP_PORT, "protocol": "TCP"}],
+        "resources": _resources(service, gpus=True),
+        "startupProbe": _probe(
+            "/ready", period=STARTUP_PERIOD_SECONDS, failures=STARTUP_BUDGET_SECONDS // STARTUP_PERIOD_SECONDS
+        ),
+        "readinessProbe": _probe("/ready", period=5, failures=3),
+        "livenessProbe": _probe("/health", period=10, failures=6),
+        "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SECONDS}}},
+        "volumeMounts": mounts,
+    }
+
+
+def _container(name: str, image: str, args: list[str]) -> Manifest:
+    """What engine and pull have in common; both are the image's entry point, `octavo`."""
+    return {
+        "name": name,
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "args": args,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+
+
+def _serve_args(service: InferenceService, model_path: str) -> list[str]:
+    spec = service.spec
+    optional = {"--max-model-len": spec.engine.max_model_len, "--max-num-seqs": spec.engine.max_num_seqs}
+    return [
+        "serve",
+        model_path,
+        "--host=0.0.0.0",
+        f"--port={names.HTTP_PORT}",
+        f"--served-model-name={service.served_model_name}",
+        f"--device={'cuda' if spec.accelerator.type == 'nvidia' else 'cpu'}",
+        f"--tensor-parallel-size={spec.accelerator.tensor_parallel_size}",
+        f"--dtype={spec.engine.dtype}",
+        *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
+        f"--shutdown-timeout={spec.rollout.drain_seconds}",
+        f"--termination-log={TERMINATION_LOG}",
+        *spec.engine.extra_args,
+    ]
+
+
+def _resources(service: InferenceService, *, gpus: bool) -> Manifest:
+    accelerator, resources = service.spec.accelerator, service.spec.resources
+    limits = resources.limits.to_dict()
+    if gpus and accelerator.count is not None:
+        limits[names.GPU_RESOURCE] = str(accelerator.count)
+    parts = {"requests": resources.requests.to_dict(), "limits": limits}
+    return {key: value for key, value in parts.items() if value}
+
+
+def _probe(path: str, *, period: int, failures: int) -> Manifest:
+    return {
+        "httpGet": {"path": path, "port": names.HTTP_PORT_NAME},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
