@@ -4,6 +4,9 @@
     |-- UserError (ValueError)      what the user gave cannot work; the message names it and the way out
     |   |-- ConfigError             a command-line option
     |   |-- ModelNotFound           the model source names nothing that is there
+    |   |-- SourceForbidden         the server that has the model wants a token, or another one
+    |   |-- SourceUnreachable       the server that has the model does not answer, or not with the model
+    |   |-- StorageFull             the model's file does not fit on the disk
     |   |-- ModelInvalid            the file is truncated, corrupt or of an unknown kind
     |   |-- ModelUnsupported        a well-formed model that this engine cannot run
     |   |-- ModelDoesNotFit         weights or one sequence's KV cache exceed the memory
@@ -12,8 +15,8 @@
     `-- EngineDead                  the engine process ended or stopped answering
 
 A UserError that stops the process at start is written to the termination log as
-`{"reason": <class name>, "message": ..., "facts": {...}}`, which is how the operator learns of it. The class name is the
-reason and so part of the contract with the operator.
+`{"reason": <class name>, "message": ..., "facts": {...}}`, which is how the operator learns of it. The class name is
+the reason and so part of the contract with the operator.
 """
 
 from __future__ import annotations
@@ -38,6 +41,18 @@ class ConfigError(UserError):
 
 class ModelNotFound(UserError):
     """The model source names nothing that is there."""
+
+
+class SourceForbidden(UserError):
+    """The server that has the model wants a token, or does not accept the one it got."""
+
+
+class SourceUnreachable(UserError):
+    """The server that has the model does not answer, or breaks off again and again."""
+
+
+class StorageFull(UserError):
+    """The model's file does not fit on the disk."""
 
 
 class ModelInvalid(UserError):
