@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-
-from octavo_cluster.errors import CommandFailed, NotReady
 from typing import TYPE_CHECKING
 
+from octavo_cluster.errors import CommandFailed, NotReady
+
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 TAIL_LINES = 30
 
