@@ -8,7 +8,9 @@ There are no phases: every running request lags behind its known tokens, and a s
 
 1. Decodes (one token behind), all of them. `max_num_batched_tokens >= max_num_seqs`, so there is always room.
 2. Admissions, first come first served, while a seat (`max_num_seqs`) is free and the KV of all tokens known so far fits
-   now. Their blocks are taken at once, so a prefill that has begun never runs out of blocks.
+   now and leaves each running request one block to grow into. (Where the pool is too small for the load, that block
+   spares about two thirds of the recomputation for 1 to 2 % more steps.) Their blocks are taken at once, so a prefill
+   that has begun never runs out of blocks.
 3. Prefills share what is left after the decodes, the shortest remaining first, but the oldest of them is sure of one
    part in OLDEST_PREFILL_PARTS of it.
 
@@ -211,7 +213,7 @@ class Scheduler:
         return decodes, prefills
 
     def _grow(self, request: Request) -> bool:
-        """Give a running request slots for all its tokens, if need be by preemption; False if it was preempted itself."""
+        """Give a running request slots for all its tokens, if need be by preemption; False if that hit itself."""
         while (block_ids := self._kv.allocate(request.block_ids, request.num_tokens)) is None:
             victim = self._running.pop()
             self._release(victim)
@@ -227,7 +229,7 @@ class Scheduler:
         """Move waiting requests to the running ones and to `prefills`, first come first served, while they fit."""
         while self._waiting and len(self._running) < self._max_num_seqs:
             request = self._waiting[0]
-            block_ids = self._kv.allocate((), request.num_tokens)
+            block_ids = self._kv.allocate((), request.num_tokens, num_spare_blocks=len(self._running))
             if block_ids is None:
                 break
             request.block_ids = block_ids

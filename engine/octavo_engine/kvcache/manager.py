@@ -29,16 +29,19 @@ class KVCacheManager:
         """Blocks that are in a block table; times block_size, the allocated slots."""
         return self.num_blocks - self._pool.num_free_blocks
 
-    def allocate(self, block_ids: tuple[int, ...], num_tokens: int) -> tuple[int, ...] | None:
+    def allocate(
+        self, block_ids: tuple[int, ...], num_tokens: int, *, num_spare_blocks: int = 0
+    ) -> tuple[int, ...] | None:
         """Extend a block table (empty for a new request) until it has slots for `num_tokens` tokens.
 
-        Returns the longer table, or None if the pool has too few free blocks; then nothing has changed.
+        Returns the longer table; None, with nothing changed, if that left less than `num_spare_blocks` blocks free.
         """
         num_new_blocks = -(-num_tokens // self.block_size) - len(block_ids)
         if num_new_blocks <= 0:
             return block_ids
-        new_block_ids = self._pool.allocate(num_new_blocks)
-        return None if new_block_ids is None else block_ids + new_block_ids
+        if num_new_blocks + num_spare_blocks > self._pool.num_free_blocks:
+            return None
+        return block_ids + self._pool.allocate(num_new_blocks)
 
     def free(self, block_ids: tuple[int, ...]) -> None:
         """Give a block table back. The last block becomes free first, so the front of a prompt stays intact longest."""

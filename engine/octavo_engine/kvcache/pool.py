@@ -25,10 +25,8 @@ class BlockPool:
         """Blocks that no block table holds."""
         return len(self._free)
 
-    def allocate(self, num_blocks: int) -> tuple[int, ...] | None:
-        """Take the blocks that were freed the longest ago, for one holder; None, and nothing taken, if too few are free."""
-        if num_blocks > len(self._free):
-            return None
+    def allocate(self, num_blocks: int) -> tuple[int, ...]:
+        """Take blocks for one holder, the longest free first; the caller has seen that there are enough."""
         block_ids = tuple(self._free.popleft() for _ in range(num_blocks))
         for block_id in block_ids:
             self._ref_counts[block_id] = 1

@@ -1,0 +1,167 @@
+"""The engine process: loads the model, then steps the scheduler and the runner until the API process is gone.
+
+Started by transport.spawn() as `python -m octavo_engine.core FD CONFIG`: the number of an inherited stream socket, and
+an EngineConfig as JSON. Knows nothing of HTTP or text. torch comes in with runner.py alone, which is imported once the
+process runs, so that everything here is testable with a fake Runner.
+
+Liveness is the loop itself: every step, and every IDLE_WAIT_SECONDS without requests, sends a StepOutputs. No other
+thread sends anything, so a loop that hangs is a silent one. While the model loads, Loading messages are the sign of
+life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from octavo_engine.errors import RequestInvalid, UserError
+from octavo_engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Loading,
+    Refused,
+    RequestUpdate,
+    Shutdown,
+    StepOutputs,
+)
+from octavo_engine.scheduler import Scheduler
+from octavo_engine.transport import EngineChannel, config_from_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from octavo_engine.config import EngineConfig
+    from octavo_engine.messages import ToEngine
+    from octavo_engine.plan import LoadedModel, Runner
+
+    OnProgress = Callable[[str, int, int], None]  # phase, bytes done, bytes in total
+    LoadRunner = Callable[[EngineConfig, OnProgress], LoadedModel]
+
+IDLE_WAIT_SECONDS = (
+    0.5  # half of the second that messages.StepOutputs promises, so that a late wake-up keeps the promise
+)
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_NAME = 15
+
+logger = logging.getLogger(__name__)
+
+
+class ShutdownRequested(Exception):  # noqa: N818 - not an error
+    """The API process asked this one to end."""
+
+
+def run_loop(channel: EngineChannel, scheduler: Scheduler, runner: Runner) -> NoReturn:
+    """Serve requests for ever.
+
+    Raises:
+        ShutdownRequested: a Shutdown message came.
+        EOFError: the API process is gone.
+        Exception: whatever the runner raises; the state of the cache is unknown then.
+    """
+    while True:
+        messages = channel.receive(timeout=0 if scheduler.has_requests else IDLE_WAIT_SECONDS)
+        updates = deliver(messages, scheduler)
+        plan = scheduler.schedule()
+        if plan is not None:
+            updates += scheduler.update(plan, runner.execute(plan))
+        else:
+            scheduler.check_integrity()
+        channel.send(StepOutputs(updates=updates, stats=scheduler.stats()))
+
+
+def deliver(messages: Iterable[ToEngine], scheduler: Scheduler) -> tuple[RequestUpdate, ...]:
+    """Hand messages to the scheduler; return the last words to the requests that it refuses."""
+    refusals = []
+    for message in messages:
+        match message:
+            case AddRequest():
+                try:
+                    scheduler.add(message)
+                except RequestInvalid as error:
+                    refusals.append(
+                        RequestUpdate(
+                            request_id=message.request_id, token_ids=(), finish_reason="error", error=str(error)
+                        )
+                    )
+            case AbortRequest():
+                scheduler.abort(message.request_id)
+            case Shutdown():
+                raise ShutdownRequested
+    return tuple(refusals)
+
+
+def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -> int:
+    """Load the model and serve; return the process' exit status, 1 if the engine cannot start or go on."""
+    try:
+        model = load(config, lambda phase, done, total: channel.send(Loading(phase=phase, done=done, total=total)))
+        scheduler = Scheduler(
+            num_blocks=model.facts.num_blocks,
+            block_size=model.facts.block_size,
+            max_model_len=model.facts.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eos_token_ids=model.eos_token_ids,
+        )
+        channel.send(model.facts)
+        run_loop(channel, scheduler, model.runner)
+    except ShutdownRequested:
+        return 0
+    except EOFError:
+        logger.info("the API process is gone: ending")
+        return 0
+    except UserError as error:
+        refuse(channel, error.reason, str(error))
+        return 1
+    except Exception as error:
+        logger.exception("the engine failed")
+        refuse(channel, "EngineFailed", f"{type(error).__name__}: {error}")
+        return 1
+
+
+def load_model(config: EngineConfig, on_progress: OnProgress) -> LoadedModel:
+    """Load the model by runner.py; imported here, so that a failing import is told as any other failure to start."""
+    from octavo_engine.runner import load_runner  # noqa: PLC0415 - torch comes in here and not before
+
+    return load_runner(config, on_progress)
+
+
+def refuse(channel: EngineChannel, reason: str, message: str) -> None:
+    """Tell the API process why this one ends, if it is still there."""
+    with contextlib.suppress(EOFError):
+        channel.send(Refused(reason=reason, message=message, facts={}))
+
+
+def bind_to_parent() -> None:
+    """Leave ending to the API process, and never outlive it.
+
+    It drains on SIGTERM and SIGINT and then closes the socket, while a terminal or a process manager sends these
+    signals to this process too. Closing the socket ends the loop between two steps; on Linux the death of the parent
+    also ends a step that never returns.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_NAME, b"octavo-engine")  # for ps and top
+
+
+def main(arguments: list[str]) -> int:
+    """The engine process from its two arguments on: the socket's file descriptor and the configuration as JSON."""
+    bind_to_parent()
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    fd, config = arguments
+    channel = EngineChannel(socket.socket(fileno=int(fd)))
+    return run_engine(channel, config_from_json(config), load_model)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
