@@ -7,8 +7,10 @@ longest context) is a separate object: sizing.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - msgspec resolves annotations at run time
 from typing import Literal
+
+from octavo_engine.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -20,15 +22,23 @@ class EngineConfig:
 
     model: Path  # a GGUF file on this machine
     served_model_names: tuple[str, ...]  # names that clients may use; the first one is reported
-    dtype: DType = "auto"  # computation and KV-cache type; auto: bfloat16 where the device computes it natively, else float32
+    dtype: DType = "auto"  # computation and KV-cache type; auto: bfloat16 where the device computes in it, else float32
     device: Device = "auto"  # auto: cuda where there is a usable GPU, else cpu; an explicit device is never replaced
     tensor_parallel_size: int = 1  # ranks that share the model
     max_model_len: int | None = None  # longest prompt + output in tokens; None: what the model and the KV budget allow
     max_num_seqs: int = 64  # requests that may run in one step
     max_num_batched_tokens: int = 512  # token budget of one step, decodes and prefill chunks together
     block_size: int | None = None  # KV slots in a block; None: 8 on CPU, 16 on GPU
-    kv_cache_memory_bytes: int | None = None  # memory for KV blocks; None: a share of what the cgroup or the GPU has free
+    kv_cache_memory_bytes: int | None = None  # for KV blocks; None: a share of what the cgroup or the GPU has free
     seed: int = 0  # seeds the sampling of requests that bring no seed of their own
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "
+                f"{self.max_num_seqs}, but each running request needs a token in every step: raise the first or lower "
+                "the second"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
