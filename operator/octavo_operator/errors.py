@@ -12,8 +12,6 @@
 A retry waits `first_delay`, doubled on each failure in a row up to `max_delay` (seconds).
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 

@@ -4,8 +4,6 @@ Used by every other module of the operator; knows none of them. A value that use
 written here once and does not change within an API version.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from octavo_operator import __version__
@@ -57,7 +55,7 @@ def labels(service: str) -> dict[str, str]:
 
 
 def selector(service: str) -> dict[str, str]:
-    """The labels by which Deployment and Service find the engine's pods: as few as possible, because they are immutable."""
+    """The labels by which Deployment and Service find the pods: as few as possible, because they are immutable."""
     return {COMPONENT_LABEL: ENGINE_COMPONENT, SERVICE_LABEL: service}
 
 

@@ -7,8 +7,6 @@ operator's own reading). One table of samples holds both to the same verdict (te
 Knows nothing of Kubernetes objects or of what the fields mean.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,14 +144,16 @@ LabelKey = Annotated[
 ]
 
 
-def valid_keys(kind: str) -> Rule:
-    """The rule that all keys of a map are what Kubernetes takes as label or annotation keys."""
+def _valid_keys() -> Rule:
     compiled = re.compile(_LABEL_KEY)
     return Rule(
         cel=f"self.all(key, size(key) <= 317 && key.matches('^(?:{_LABEL_KEY})$'))",
         holds=lambda value: all(len(key) <= 317 and compiled.fullmatch(key) for key in value),
-        message=f"every key must be a {kind} key such as team or example.com/team",
+        message="every key must have the form of a label key, such as team or example.com/team",
     )
+
+
+VALID_KEYS: Final = _valid_keys()  # for maps: all keys are what Kubernetes takes for labels and annotations
 
 
 def _int_to_text(value: Any) -> Any:
@@ -161,7 +161,7 @@ def _int_to_text(value: Any) -> Any:
 
 
 _QUANTITY: Final = re.compile("([0-9]+(?:[.][0-9]+)?)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
-_FACTORS: Final = {
+_FACTORS: Final[dict[str | None, Decimal]] = {
     None: Decimal(1),
     "m": Decimal("0.001"),
     **{suffix: Decimal(1000) ** power for power, suffix in enumerate("kMGTPE", start=1)},

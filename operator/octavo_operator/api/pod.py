@@ -4,14 +4,13 @@ Used by v1alpha1.py only. Names and meanings are those of the core API; typed an
 which would be half a megabyte of schema.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
 from octavo_operator import names
 from octavo_operator.api.base import (
+    VALID_KEYS,
     LabelKey,
     LabelValue,
     Model,
@@ -21,7 +20,6 @@ from octavo_operator.api.base import (
     Sequence,
     cel_list,
     quantity_value,
-    valid_keys,
 )
 
 # Labels by which the operator, Deployment and Service know their pods.
@@ -48,7 +46,8 @@ def _within_limit(field: str, cel_field: str) -> Rule:
         return request is None or limit is None or quantity_value(request) <= quantity_value(limit)
 
     return Rule(
-        cel=f"!has(self.requests.{cel_field}) || !has(self.limits.{cel_field}) || "
+        cel="!has(self.requests) || !has(self.limits) || "
+        f"!has(self.requests.{cel_field}) || !has(self.limits.{cel_field}) || "
         f"quantity(string(self.requests.{cel_field})).compareTo(quantity(string(self.limits.{cel_field}))) <= 0",
         holds=holds,
         message=f"requests of {field.replace('_', '-')} must not be greater than its limits",
@@ -114,26 +113,28 @@ class ImagePullSecret(Model):
 class PodSettings(Model):
     """What else the pods need on this cluster."""
 
-    node_selector: Annotated[dict[str, LabelValue], Field(max_length=16), valid_keys("label")] = Field(
+    node_selector: Annotated[dict[str, LabelValue], Field(max_length=16), VALID_KEYS] = Field(
         default={}, description="Labels that a node must have."
     )
-    tolerations: Annotated[Sequence[Toleration], Field(max_length=16)] = Field(
+    tolerations: Annotated[
+        Sequence[Toleration], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = Field(
         default=(),
         description="Taints that the pods tolerate. For GPUs the usual one, nvidia.com/gpu, is always there.",
     )
     labels: Annotated[
         dict[str, LabelValue],
         Field(max_length=32),
-        valid_keys("label"),
+        VALID_KEYS,
         Rule(
             cel=f"self.all(key, !(key in {cel_list(OWNED_LABELS)}))",
             holds=lambda it: not any(key in OWNED_LABELS for key in it),
             message=f"must not contain a label that the operator sets: {', '.join(OWNED_LABELS)}",
         ),
     ] = Field(default={}, description="More labels for the pods.")
-    annotations: Annotated[
-        dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=32), valid_keys("annotation")
-    ] = Field(default={}, description="Annotations for the pods.")
+    annotations: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=32), VALID_KEYS] = Field(
+        default={}, description="Annotations for the pods."
+    )
     image_pull_secrets: Annotated[
         Sequence[ImagePullSecret],
         Field(

@@ -4,11 +4,9 @@
     hf://ORG/REPO[@REVISION]:PATH/FILE.gguf a file of a Hugging Face repository
     https://HOST[:PORT]/PATH/FILE.gguf      any web server
 
-Used by v1alpha1.py, whose rules these patterns are, and by desired/, which asks what has to be mounted or pulled. `octavo
-pull` of the engine reads the same notation.
+Used by v1alpha1.py, whose rules these patterns are, and by desired/, which asks what has to be mounted or pulled. The
+engine's `octavo pull` reads the same notation.
 """
-
-from __future__ import annotations
 
 import re
 from dataclasses import dataclass

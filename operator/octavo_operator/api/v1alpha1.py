@@ -8,8 +8,6 @@ Defaults live here and so in the CRD; the operator never writes a spec. The one 
 Knows nothing of the children that follow from a spec: desired/.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -40,9 +38,9 @@ class ModelSpec(Model):
     """Which model to serve."""
 
     source: Annotated[str, Field(min_length=1, max_length=1024), *SOURCE_RULES] = Field(
-        description="Where the GGUF file is: pvc://CLAIM/PATH/FILE.gguf (a PersistentVolumeClaim of this namespace, mounted "
-        "read-only), hf://ORG/REPO[@REVISION]:FILE.gguf (Hugging Face) or https://HOST/PATH/FILE.gguf. Remote files are "
-        "pulled by each pod before it starts."
+        description="Where the GGUF file is: pvc://CLAIM/PATH/FILE.gguf (a PersistentVolumeClaim of this namespace, "
+        "mounted read-only), hf://ORG/REPO[@REVISION]:FILE.gguf (Hugging Face) or https://HOST/PATH/FILE.gguf. Each "
+        "pod pulls a remote file before it starts."
     )
     name: (
         Annotated[
@@ -50,7 +48,7 @@ class ModelSpec(Model):
             Field(min_length=1, max_length=128),
             matches(
                 "[A-Za-z0-9](?:[-A-Za-z0-9._:/]*[A-Za-z0-9])?",
-                "must consist of letters, digits and - . _ : / with a letter or digit at both ends, such as llama-3.1-8b",
+                "must be letters, digits and - . _ : / with a letter or digit at both ends, such as llama-3.1-8b",
             ),
         ]
         | None
@@ -137,7 +135,7 @@ class EngineSpec(Model):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="The type of computation and KV cache. auto: bfloat16 where the hardware computes it, else float32.",
+        description="Type of computation and KV cache. auto: bfloat16 where the hardware computes it, else float32.",
     )
     max_model_len: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         default=None,
@@ -163,7 +161,8 @@ class EngineSpec(Model):
         ),
     ] = Field(
         default=(),
-        description="More flags for `octavo serve`, each as --flag or --flag=value. Flags that follow from other fields are refused.",
+        description="More flags for `octavo serve`, each as --flag or --flag=value. Flags that follow from other "
+        "fields are refused.",
     )
 
 
@@ -194,8 +193,9 @@ class InferenceServiceSpec(Model):
             message="replicas and autoscaling exclude each other: remove one of them",
         ),
         Rule(
-            cel="!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || has(self.resources.requests.cpu) || "
-            "has(self.resources.limits.cpu)",
+            cel="!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || has(self.resources) && "
+            "(has(self.resources.requests) && has(self.resources.requests.cpu) || "
+            "has(self.resources.limits) && has(self.resources.limits.cpu))",
             holds=lambda it: (
                 it.autoscaling is None
                 or it.autoscaling.metric != "cpu"
@@ -204,9 +204,10 @@ class InferenceServiceSpec(Model):
             message="autoscaling by cpu measures the share of the CPU that a pod requests: set resources.requests.cpu",
         ),
         Rule(
-            cel=f"!has(self.accelerator.product) || !('{names.GPU_PRODUCT_LABEL}' in self.pod.nodeSelector)",
+            cel="!has(self.accelerator.product) || !has(self.pod) || !has(self.pod.nodeSelector) || "
+            f"!('{names.GPU_PRODUCT_LABEL}' in self.pod.nodeSelector)",
             holds=lambda it: it.accelerator.product is None or names.GPU_PRODUCT_LABEL not in it.pod.node_selector,
-            message=f"accelerator.product and pod.nodeSelector['{names.GPU_PRODUCT_LABEL}'] say the same: remove one of them",
+            message=f"accelerator.product sets {names.GPU_PRODUCT_LABEL}: remove it from pod.nodeSelector",
         ),
     )
 
@@ -280,8 +281,8 @@ class ObjectMeta(Model):
     uid: str | None = None
     generation: int | None = None
     deletion_timestamp: str | None = None
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
+    labels: dict[str, str] = Field(default={})
+    annotations: dict[str, str] = Field(default={})
 
     @model_validator(mode="before")
     @classmethod
@@ -299,12 +300,12 @@ class InferenceService(Model):
         Rule(
             cel="self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
             holds=lambda it: re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", it.metadata.name) is not None,
-            message="metadata.name must be the name of a Service: lower-case letters, digits and '-', starting with a letter",
+            message="metadata.name must be a Service's name: lower-case letters, digits and '-', a letter first",
         ),
         Rule(
             cel=f"size(self.metadata.name) <= {names.MAX_NAME_LENGTH}",
             holds=lambda it: len(it.metadata.name) <= names.MAX_NAME_LENGTH,
-            message=f"metadata.name must not be longer than {names.MAX_NAME_LENGTH} characters: names of pods are made from it",
+            message=f"metadata.name must have at most {names.MAX_NAME_LENGTH} characters: pod names are made from it",
         ),
     )
 

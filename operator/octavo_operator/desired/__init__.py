@@ -3,8 +3,6 @@
 Called by decide.py and by `kubectl octavo render`. Knows nothing of what exists already, nor of a client.
 """
 
-from __future__ import annotations
-
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired import autoscaler, deployment
 from octavo_operator.desired import service as cluster_service

@@ -1,7 +1,5 @@
 """The HorizontalPodAutoscaler, for services that ask for one. Called by desired.children; pure."""
 
-from __future__ import annotations
-
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import AutoscalingSpec, InferenceService
 from octavo_operator.desired.metadata import Manifest, object_meta

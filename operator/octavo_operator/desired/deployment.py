@@ -4,8 +4,6 @@ Called by desired.children; pure. Here the resource becomes the engine's command
 passed as `--flag=value`, so that no value can be read as another flag.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +14,8 @@ from octavo_operator.desired.metadata import Manifest, object_meta
 
 MODEL_DIR: Final = "/models"
 PULLED_FILE: Final = f"{MODEL_DIR}/model.gguf"
+TMP_DIR: Final = "/tmp"  # noqa: S108 - a path in the container, where it is a volume of its own
+SHM_DIR: Final = "/dev/shm"  # noqa: S108 - the same
 TERMINATION_LOG: Final = "/dev/termination-log"
 
 USER_ID: Final = 65532  # the "nonroot" of distroless images; numeric, so that runAsNonRoot can be checked
@@ -118,7 +118,7 @@ def _model(service: InferenceService, image: str) -> _Model:
             pull = {
                 **_container(names.PULL_CONTAINER, image, args),
                 "resources": _resources(service, gpus=False),
-                "volumeMounts": [{"name": "model", "mountPath": MODEL_DIR}, {"name": "tmp", "mountPath": "/tmp"}],
+                "volumeMounts": [{"name": "model", "mountPath": MODEL_DIR}, {"name": "tmp", "mountPath": TMP_DIR}],
             }
             return _Model(PULLED_FILE, {"emptyDir": {}}, (pull,))
 
@@ -126,10 +126,10 @@ def _model(service: InferenceService, image: str) -> _Model:
 def _engine_container(service: InferenceService, image: str, model_path: str) -> Manifest:
     mounts: list[Manifest] = [
         {"name": "model", "mountPath": MODEL_DIR, "readOnly": True},
-        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "tmp", "mountPath": TMP_DIR},
     ]
     if service.spec.accelerator.tensor_parallel_size > 1:
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        mounts.append({"name": "shm", "mountPath": SHM_DIR})
     return {
         **_container(names.ENGINE_CONTAINER, image, _serve_args(service, model_path)),
         "ports": [{"name": names.HTTP_PORT_NAME, "containerPort": names.HTTP_PORT, "protocol": "TCP"}],

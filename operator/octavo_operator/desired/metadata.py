@@ -1,7 +1,5 @@
 """What the metadata of every child has in common. Used by the builders of this package; pure."""
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 from octavo_operator import names

@@ -1,7 +1,5 @@
 """The Service in front of the engine's pods, and the URL that follows from it. Called by desired.children; pure."""
 
-from __future__ import annotations
-
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired.metadata import Manifest, object_meta

@@ -1,0 +1,41 @@
+"""YAML as people and `kubectl apply` read it: in the order given, no anchors, strings that stay strings.
+
+Used by api/crd.py and cli.py for everything that is printed or committed.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+        """Write a value that occurs twice twice."""
+        return True
+
+
+def _looks_like_more(text: str) -> bool:
+    """Whether Go's YAML reader, unlike PyYAML, may take a plain `text` for a number or a boolean."""
+    if text in {"y", "Y", "n", "N"}:
+        return True
+    for number in (float, lambda digits: int(digits, 0)):
+        try:
+            number(text)
+        except ValueError:
+            continue
+        return True
+    return False
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if _looks_like_more(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(documents: Iterable[Mapping[str, Any]]) -> str:
+    """The documents as YAML, separated by `---`."""
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
