@@ -1,0 +1,268 @@
+"""The one client of the API server: JSON in, JSON out, errors of errors.py.
+
+Used by cache.py (list, watch), reconcile.py (get, apply, delete) and events.py (create). Login, TLS and proxies come
+from the `kubernetes` distribution's asyncio half; its typed models are left alone, because they would triple the
+operator's memory and know nothing that we need. Knows the six kinds that the operator touches, and nothing of what is
+in them.
+
+Writes are server-side apply (https://kubernetes.io/docs/reference/using-api/server-side-apply/): the operator owns the
+fields it sends, and no others. All writes together are kept under a rate, so that no fault of ours floods the server.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final, Self
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client import Configuration
+from kubernetes.aio.client.rest import RESTClientObject
+
+from octavo_operator import metrics, names
+from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, Refused
+from octavo_operator.queue import TokenBucket
+
+Json = dict[str, Any]
+
+REQUEST_SECONDS: Final = 30.0  # a request that is no watch
+WATCH_SECONDS: Final = 30  # the server ends a watch after so long: what keeps silent longer is dead ...
+WATCH_GRACE_SECONDS: Final = 10.0  # ... and is cut off by us so much later
+LIST_PAGE: Final = 500  # objects in one answer to a list
+WRITES_PER_SECOND: Final = 100.0
+WRITE_BURST: Final = 200.0
+
+_APPLY_PATCH: Final = "application/apply-patch+yaml"
+_JSON: Final = "application/json"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of namespaced object, and where the API server keeps it."""
+
+    api_version: str  # such as apps/v1
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
+        """The path of one object, or of the collection in one namespace or (None) in all."""
+        root = f"/apis/{self.api_version}" if "/" in self.api_version else f"/api/{self.api_version}"
+        parts = [root, f"namespaces/{namespace}" if namespace else None, self.plural, name, subresource]
+        return "/".join(part for part in parts if part)
+
+
+INFERENCE_SERVICE: Final = Resource(names.API_VERSION, names.KIND, names.PLURAL)
+DEPLOYMENT: Final = Resource("apps/v1", "Deployment", "deployments")
+SERVICE: Final = Resource("v1", "Service", "services")
+AUTOSCALER: Final = Resource("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
+POD: Final = Resource("v1", "Pod", "pods")
+EVENT: Final = Resource("events.k8s.io/v1", "Event", "events")
+
+CHILDREN: Final = {resource.kind: resource for resource in (DEPLOYMENT, SERVICE, AUTOSCALER)}  # what may be applied
+
+
+async def load_configuration() -> Configuration:
+    """Find the API server and our credentials: the pod's service account if there is one, else KUBECONFIG.
+
+    Raises:
+        ApiUnavailable: There is neither.
+    """
+    configuration = Configuration()
+    try:
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            kubernetes_config.load_incluster_config(configuration)  # type: ignore[no-untyped-call] # not typed there
+        else:
+            await kubernetes_config.load_kube_config(  # type: ignore[no-untyped-call] # not typed there
+                client_configuration=configuration, persist_config=False
+            )
+    except kubernetes_config.ConfigException as error:
+        raise ApiUnavailable(f"no cluster to work in: not in a pod, and KUBECONFIG gives none: {error}") from error
+    configuration.connection_pool_maxsize = 0  # unlimited: every watch keeps a connection
+    return configuration
+
+
+class Kube:
+    """A connection to the API server. An asynchronous context manager; safe for any number of tasks of one loop."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self._configuration = configuration
+        self._rest = RESTClientObject(configuration)
+        self._bucket = TokenBucket(rate=WRITES_PER_SECOND, burst=WRITE_BURST, now=time.monotonic())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._rest.close()
+
+    def renew(self, configuration: Configuration) -> None:
+        """Take over new credentials for the same API server."""
+        self._configuration = configuration
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> Json:
+        """Read one object as it is now, not from a cache.
+
+        Raises:
+            NotFound: There is no such object.
+        """
+        return await self._request("GET", resource.path(namespace, name))
+
+    async def pages(self, resource: Resource, namespace: str | None, selector: str) -> AsyncIterator[Json]:
+        """List the objects that the label selector matches, some hundred at a time, all as of one moment."""
+        query = {"labelSelector": selector, "limit": str(LIST_PAGE)}
+        while True:
+            page = await self._request("GET", resource.path(namespace), query=query)
+            yield page
+            token = page["metadata"].get("continue")
+            if not token:
+                return
+            query["continue"] = token
+
+    async def watch(
+        self, resource: Resource, namespace: str | None, selector: str, resource_version: str
+    ) -> AsyncIterator[tuple[str, Json]]:
+        """Yield (type, object) for what changes after `resource_version`, until the server ends the watch.
+
+        Bookmarks are among them: they carry no more than a newer version to go on from.
+
+        Raises:
+            ApiError: The watch broke; with status 410 the version is too old, and only a list helps.
+        """
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "labelSelector": selector,
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        seconds = WATCH_SECONDS + WATCH_GRACE_SECONDS
+        response = await self._send("GET", resource.path(namespace), query=query, seconds=seconds)
+        async with response:
+            try:
+                await _check(response)
+                async for line in response.content:
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        raise _error(event["object"].get("code", 500), event["object"])
+                    yield event["type"], event["object"]
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                raise ApiUnavailable(
+                    f"the watch of {resource.plural} broke: {error or type(error).__name__}"
+                ) from error
+
+    async def apply(self, manifest: Json, *, manager: str = names.FIELD_MANAGER, force: bool = True) -> Json:
+        """Server-side apply an object; return what is stored now.
+
+        A `metadata.uid` in the manifest makes sure that no other object than that one is changed.
+
+        Raises:
+            Conflict: The uid is another one now, or (without `force`) another manager owns a field at another value.
+        """
+        return await self._apply(manifest, manager=manager, force=force)
+
+    async def apply_status(self, manifest: Json) -> Json:
+        """Server-side apply the status of an object."""
+        return await self._apply(manifest, manager=names.FIELD_MANAGER, force=True, subresource="status")
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
+        """Delete the object with this uid; nothing happens if it is gone already.
+
+        Raises:
+            Conflict: The name belongs to another object now.
+        """
+        options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+        await self._count_write("delete", resource)
+        with contextlib.suppress(NotFound):
+            await self._request("DELETE", resource.path(namespace, name), body=options)
+
+    async def create(self, resource: Resource, namespace: str, manifest: Json) -> Json:
+        """Create an object."""
+        await self._count_write("create", resource)
+        return await self._request("POST", resource.path(namespace), body=manifest)
+
+    async def _apply(self, manifest: Json, *, manager: str, force: bool, subresource: str | None = None) -> Json:
+        resource = CHILDREN.get(manifest["kind"], INFERENCE_SERVICE)
+        path = resource.path(manifest["metadata"]["namespace"], manifest["metadata"]["name"], subresource)
+        query = {"fieldManager": manager, "force": "true" if force else "false", "fieldValidation": "Strict"}
+        await self._count_write("apply-status" if subresource else "apply", resource)
+        return await self._request("PATCH", path, query=query, body=manifest, content_type=_APPLY_PATCH)
+
+    async def _count_write(self, verb: str, resource: Resource) -> None:
+        """Wait until one more write keeps the rate."""
+        await asyncio.sleep(self._bucket.reserve(time.monotonic()))
+        metrics.API_WRITES.labels(verb=verb, kind=resource.kind).inc()
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: dict[str, str] | None = None,
+        body: Json | None = None,
+        content_type: str = _JSON,
+    ) -> Json:
+        """Send a request that is no watch and return the object that answers it."""
+        response = await self._send(
+            method, path, query=query or {}, body=body, content_type=content_type, seconds=REQUEST_SECONDS
+        )
+        async with response:
+            try:
+                await _check(response)
+                answer: Json = await response.json()
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                raise ApiUnavailable(f"{method} {path}: {error or type(error).__name__}") from error
+            return answer
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: dict[str, str],
+        seconds: float,
+        body: Json | None = None,
+        content_type: str = _JSON,
+    ) -> aiohttp.ClientResponse:
+        url = f"{self._configuration.host}{path}?{urlencode(query)}"
+        headers = {"Content-Type": content_type, "User-Agent": "octavo-operator"}
+        try:
+            # The pod's token is rotated by the kubelet; this reads it anew every minute.
+            token = await self._configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+            if token:
+                headers["Authorization"] = token
+            answer = await self._rest.request(  # type: ignore[no-untyped-call] # not typed there
+                method, url, headers=headers, body=body, _request_timeout=aiohttp.ClientTimeout(total=seconds)
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError, kubernetes_config.ConfigException) as error:
+            raise ApiUnavailable(f"{method} {path}: {error or type(error).__name__}") from error
+        response: aiohttp.ClientResponse = answer.response
+        return response
+
+
+async def _check(response: aiohttp.ClientResponse) -> None:
+    """Raise what an answer of 400 or more means."""
+    if response.status < 400:
+        return
+    text = await response.text()
+    try:
+        status = json.loads(text)
+    except ValueError:
+        status = {"message": text[:256]}
+    raise _error(response.status, status, response.headers.get("Retry-After"))
+
+
+def _error(code: int, status: Json, retry_after: str | None = None) -> ApiError:
+    """Find the error of our tree for a Status object (k8s.io/apimachinery/pkg/apis/meta/v1)."""
+    classes: dict[int, type[ApiError]] = {403: Forbidden, 404: NotFound, 409: Conflict, 429: ApiUnavailable}
+    error = classes.get(code, ApiUnavailable if code >= 500 else Refused)
+    seconds = str(retry_after or (status.get("details") or {}).get("retryAfterSeconds") or "")
+    return error(
+        str(status.get("message") or f"HTTP {code}"),
+        status=code,
+        retry_after=float(seconds) if seconds.isdecimal() else None,
+    )
