@@ -3,9 +3,10 @@
 `python -m octavo_operator.api.crd` writes crds/ and the Helm chart's template; `--check` only compares.
 
 Pydantic emits JSON Schema; the API server wants the subset of OpenAPI v3.0 that it calls structural
-(https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/). What differs is rewritten here: references are inlined, `T | None` becomes T, const becomes enum, defaults that default to
-nothing go. A keyword that this module does not know is an error, never passed on. So is a string, list or map without a
-bound: CEL's cost is estimated from them.
+(https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/). What differs is
+rewritten here: references are inlined, `T | None` becomes T, const becomes enum, defaults that default to nothing go. A
+keyword that this module does not know is an error, never passed on. So is a string, list or map without a bound: CEL's
+cost is estimated from them.
 """
 
 import argparse
@@ -120,7 +121,7 @@ class _Converter:
 def _settle_default(schema: Schema) -> None:
     """Keep a default only where it says something, so that stored objects carry no empty parts.
 
-    An object's default is `{}`, if there are defaults within: the API server goes on from there.
+    An object's default is made of those within, because the API server checks a default as it stands.
     """
     if "default" not in schema:
         return
@@ -128,9 +129,8 @@ def _settle_default(schema: Schema) -> None:
     if default is None:
         return
     if "properties" in schema:
-        if any("default" in child for child in schema["properties"].values()):
-            schema["default"] = {}
-    elif default not in ({}, []):
+        default = {name: child["default"] for name, child in schema["properties"].items() if "default" in child}
+    if default not in ({}, []):
         schema["default"] = default
 
 
