@@ -140,6 +140,11 @@ class PodSettings(Model):
         Field(
             max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
         ),
+        Rule(
+            cel="self.all(secret, self.exists_one(other, other.name == secret.name))",
+            holds=lambda it: len({secret.name for secret in it}) == len(it),
+            message="must name each Secret once",
+        ),
     ] = Field(default=(), description="Secrets with the credentials of the engine image's registry.")
     priority_class_name: ObjectName | None = Field(
         default=None, description="The PriorityClass: who gives way when GPUs are short."

@@ -1,0 +1,126 @@
+"""`kubectl octavo`: what a person asks about InferenceServices without the operator's help.
+
+The script `kubectl-octavo`, which kubectl finds on PATH. Knows the types and the builders; imports no client and no
+kopf, so that it answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import ValidationError
+
+from octavo_operator import __version__, names, yaml_text
+from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.desired import children
+from octavo_operator.errors import SpecInvalid
+
+_UNKNOWN_FIELD: Final = "extra_forbidden"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the result is the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        sys.stdout.write(render(options.filename, engine_image=options.engine_image))
+    except (SpecInvalid, OSError) as error:
+        sys.stderr.write(f"kubectl octavo render: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kubectl octavo", description="Looks at InferenceServices with the operator's eyes.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"kubectl-octavo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "render",
+        help="print the objects that the operator would apply",
+        description="Prints the objects that the operator would apply for the InferenceServices in a file. "
+        "Nothing is sent to a cluster.",
+        allow_abbrev=False,
+    )
+    command.add_argument("-f", "--filename", required=True, metavar="FILE", help="a YAML file; - is standard input")
+    command.add_argument(
+        "--engine-image",
+        default=names.DEFAULT_ENGINE_IMAGE,
+        metavar="IMAGE",
+        help="the image for services that name none; default: %(default)s",
+    )
+    return parser
+
+
+def render(filename: str, *, engine_image: str) -> str:
+    """The children of every InferenceService in a file, as YAML. Other objects are named on standard error.
+
+    Raises:
+        SpecInvalid: the file is not YAML, holds no InferenceService, or holds one that the API server would refuse.
+        OSError: the file cannot be read.
+    """
+    text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
+    manifests = [
+        manifest
+        for document in _documents(text, filename)
+        for manifest in children(read(document), engine_image=engine_image)
+    ]
+    if not manifests:
+        raise SpecInvalid(f"{filename} holds no {names.KIND} of {names.API_VERSION}")
+    return yaml_text.dump(manifests)
+
+
+def read(document: dict[str, Any]) -> InferenceService:
+    """An InferenceService from a manifest, checked as strictly as `kubectl apply` does.
+
+    Raises:
+        SpecInvalid: with one line for each field that is wrong.
+    """
+    document = {key: value for key, value in document.items() if key != "status"}  # never the user's to write
+    try:
+        return InferenceService.model_validate(document, extra="forbid")
+    except ValidationError as error:
+        metadata = document.get("metadata")
+        name = metadata.get("name", "") if isinstance(metadata, dict) else ""
+        lines = "".join(f"\n  {line}" for line in explain(error))
+        raise SpecInvalid(f'the InferenceService "{name}" is invalid:{lines}') from error
+
+
+def explain(error: ValidationError) -> list[str]:
+    """Pydantic's findings, a line each: the field's path and what to do about it."""
+    lines = []
+    for finding in error.errors(include_url=False, include_input=False):
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"]).lstrip(".")
+        message = finding["msg"].removeprefix("Value error, ")
+        if finding["type"] == _UNKNOWN_FIELD:
+            message = "unknown field"
+        lines.append(f"{path}: {message}" if path else message)
+    return lines
+
+
+def _documents(text: str, filename: str) -> Iterator[dict[str, Any]]:
+    """The InferenceServices among the YAML documents, also those in a List."""
+    try:
+        pending = list(yaml.safe_load_all(text))
+    except yaml.YAMLError as error:
+        raise SpecInvalid(f"{filename} is not YAML: {error}") from error
+    while pending:
+        document = pending.pop(0)
+        if document is None:
+            continue
+        if not isinstance(document, dict) or "kind" not in document:
+            raise SpecInvalid(f"{filename} holds something that is not a Kubernetes object: it has no kind")
+        api_version, kind = document.get("apiVersion"), document["kind"]
+        if kind == "List":
+            pending[:0] = document.get("items") or []
+        elif kind == names.KIND and str(api_version).startswith(f"{names.GROUP}/"):
+            yield document
+        else:
+            sys.stderr.write(f"kubectl octavo render: skipped a {kind} of {api_version}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
