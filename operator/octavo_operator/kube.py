@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final, Self
 from urllib.parse import urlencode
@@ -125,7 +125,7 @@ class Kube:
 
     async def watch(
         self, resource: Resource, namespace: str | None, selector: str, resource_version: str
-    ) -> AsyncIterator[tuple[str, Json]]:
+    ) -> AsyncGenerator[tuple[str, Json], None]:
         """Yield (type, object) for what changes after `resource_version`, until the server ends the watch.
 
         Bookmarks are among them: they carry no more than a newer version to go on from.
