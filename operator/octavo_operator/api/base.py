@@ -92,11 +92,9 @@ class Model(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_null(cls, data: Any) -> Any:
-        """No field is nullable: the API server says so too."""
-        if isinstance(data, dict) and (nulls := sorted(key for key, value in data.items() if value is None)):
-            raise ValueError(f"{', '.join(nulls)} must not be null: give a value or leave the line out")
-        return data
+    def _drop_null(cls, data: Any) -> Any:
+        """Take a field that is null for one that is not there, as the API server does where null is no value."""
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _obey_rules(self) -> Self:

@@ -14,6 +14,7 @@ from typing import Final
 
 from octavo_operator.api.base import DNS_SUBDOMAIN, Rule, matches
 
+_SCHEMES: Final = ("pvc://", "hf://", "https://")
 _PATH: Final = "(?:[-A-Za-z0-9._+]+/)*[-A-Za-z0-9._+]+[.]gguf"
 
 _PVC: Final = f"pvc://({DNS_SUBDOMAIN})/({_PATH})"
@@ -34,9 +35,10 @@ def _of_scheme(scheme: str, pattern: str, message: str) -> Rule:
 _DOT_SEGMENT: Final = "[/:][.][.]?(?:/|$)"
 
 SOURCE_RULES: Final = (
-    matches(
-        "(?:pvc|hf|https)://.*",
-        "must start with pvc://, hf:// or https://, such as pvc://models/model.gguf",
+    Rule(
+        cel=" || ".join(f"self.startsWith('{scheme}')" for scheme in _SCHEMES),
+        holds=lambda source: source.startswith(_SCHEMES),
+        message="must start with pvc://, hf:// or https://, such as pvc://models/model.gguf",
     ),
     Rule(
         cel=f"!self.matches('{_DOT_SEGMENT}')",

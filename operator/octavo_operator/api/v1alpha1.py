@@ -290,7 +290,7 @@ class ObjectMeta(Model):
         if not isinstance(data, Mapping):
             return data
         known = {field.alias for field in cls.model_fields.values()}
-        return {key: value for key, value in data.items() if key in known and value is not None}
+        return {key: value for key, value in data.items() if key in known}
 
 
 class InferenceService(Model):
