@@ -11,6 +11,7 @@
     |   |-- ModelUnsupported        a well-formed model that this engine cannot run
     |   |-- ModelDoesNotFit         weights or one sequence's KV cache exceed the memory
     |   |-- DeviceMissing           --device asks for hardware that is not there
+    |   |-- EngineRefused           any of these in the engine process, as the API process learns of it
     |   `-- RequestInvalid          an HTTP request; `param` names the field
     `-- EngineDead                  the engine process ended or stopped answering
 
@@ -69,6 +70,20 @@ class ModelDoesNotFit(UserError):
 
 class DeviceMissing(UserError):
     """The device asked for is not usable in this process."""
+
+
+class EngineRefused(UserError):
+    """The engine process refused to start, for the reason that its own error gave."""
+
+    def __init__(self, reason: str, message: str, facts: dict[str, int | float | str]) -> None:
+        super().__init__(message)
+        self._reason = reason
+        self.facts = facts  # about the model, for the termination log
+
+    @property
+    def reason(self) -> str:
+        """The class name of the error in the engine process."""
+        return self._reason
 
 
 class RequestInvalid(UserError):

@@ -39,10 +39,8 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return what was held back; no more tokens come."""
-        text = self._release(self._utf8.decode(b"", final=True))
-        if self.stopped:
-            return text
-        text, self._held = text + self._held, ""
+        text = self._release(self._utf8.decode(b"", final=True)) + self._held
+        self._held = ""
         return text
 
     def _release(self, new: str) -> str:

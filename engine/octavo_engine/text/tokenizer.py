@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -19,7 +19,11 @@ from tokenizers import models, pre_tokenizers
 from octavo_engine.errors import ModelInvalid, ModelUnsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
+
+    from octavo_engine.weights.gguf import GGUFHeader
+
+_T = TypeVar("_T")
 
 # Values of tokenizer.ggml.token_type (gguf specification, "tokenizer.ggml.token_type").
 _CONTROL: Final = 3
@@ -51,25 +55,25 @@ class Tokenizer:
     """Byte-level BPE.
 
     Args:
-        metadata: the key-value pairs of the GGUF header.
+        header: of the GGUF file.
 
     Raises:
         ModelInvalid: a tokenizer entry is missing or contradicts another.
         ModelUnsupported: the tokenizer is of a kind that is not built yet.
     """
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        kind = _required(metadata, "tokenizer.ggml.model")
+    def __init__(self, header: GGUFHeader) -> None:
+        kind = header.require("tokenizer.ggml.model", str)
         if kind != "gpt2":
             raise ModelUnsupported(f"tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) is supported")
-        pre = _required(metadata, "tokenizer.ggml.pre")
+        pre = header.require("tokenizer.ggml.pre", str)
         if pre not in _PRE_TOKENIZERS:
             raise ModelUnsupported(f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(_PRE_TOKENIZERS))}")
-        tokens: list[str] = list(_required(metadata, "tokenizer.ggml.tokens"))
-        types: list[int] = list(_required(metadata, "tokenizer.ggml.token_type"))
+        tokens = _array(header, "tokenizer.ggml.tokens", str)
+        types = _array(header, "tokenizer.ggml.token_type", int)
         if len(types) != len(tokens):
             raise ModelInvalid(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-        merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "tokenizer.ggml.merges")]
+        merges = [_pair(merge) for merge in _array(header, "tokenizer.ggml.merges", str)]
 
         ids = {token: token_id for token_id, token in enumerate(tokens)}
         try:
@@ -102,14 +106,11 @@ class Tokenizer:
         )  # by id: what the token stands for in the text
         self.control_ids = frozenset(self._control_ids.values())
         self.max_token_bytes = max(map(len, self.token_bytes))
-        self.eos_token_id: int = _required(metadata, "tokenizer.ggml.eos_token_id")
-        self.eos_token = tokens[self.eos_token_id]
-        bos: int | None = metadata.get("tokenizer.ggml.bos_token_id")
-        self.bos_token = "" if bos is None else tokens[bos]
+        self.eos_token = self._token(header, "tokenizer.ggml.eos_token_id")
+        self.bos_token = self._token(header, "tokenizer.ggml.bos_token_id")
         # What stands before every raw prompt. Chat templates write it themselves.
-        self.prompt_prefix_ids: tuple[int, ...] = (
-            (bos,) if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", False) else ()
-        )
+        add_bos = header.get("tokenizer.ggml.add_bos_token", bool, default=False)
+        self.prompt_prefix_ids = (header.require("tokenizer.ggml.bos_token_id", int),) if add_bos else ()
 
     @property
     def vocab_size(self) -> int:
@@ -131,17 +132,30 @@ class Tokenizer:
             ids += self._encode_plain(segment.text[position:])
         return ids
 
+    def _token(self, header: GGUFHeader, key: str) -> str:
+        """Return the text of the token whose id is under `key`, or nothing where the header has no such token."""
+        token_id = header.get(key, int, -1)
+        if token_id >= self.vocab_size:
+            raise ModelInvalid(f"{key} is {token_id}, and there are {self.vocab_size} tokens")
+        return self.token_bytes[token_id].decode(errors="replace") if token_id >= 0 else ""
+
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
             return []
         return self._bpe.encode(text, add_special_tokens=False).ids
 
 
-def _required(metadata: Mapping[str, Any], key: str) -> Any:
-    try:
-        return metadata[key]
-    except KeyError:
-        raise ModelInvalid(f"the GGUF header has no {key}") from None
+def _array(header: GGUFHeader, key: str, kind: type[_T]) -> list[_T]:
+    elements = header.require(key, list)
+    typed: list[_T] = [element for element in elements if isinstance(element, kind)]
+    if len(typed) != len(elements):
+        raise ModelInvalid(f"{key} has elements that are not {kind.__name__}")
+    return typed
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -1,0 +1,170 @@
+"""A loaded model seen as text: messages or a prompt in, text out. Between the server or the terminal and the client.
+
+Knows tokens and text, and nothing of HTTP: what a user did wrong leaves here as RequestInvalid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from octavo_engine.errors import OctavoError, RequestInvalid
+from octavo_engine.text.detokenizer import Detokenizer
+from octavo_engine.text.template import ChatTemplate, Message
+from octavo_engine.text.tokenizer import Segment, Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from octavo_engine.client import EngineClient
+    from octavo_engine.messages import EngineFacts
+    from octavo_engine.plan import SamplingParams
+    from octavo_engine.weights.gguf import GGUFHeader
+
+_INLINE_CHARACTERS: Final = 10_000  # longer texts are tokenised in a thread, so that other requests are answered
+
+
+class GenerationFailed(OctavoError):
+    """The engine could not finish this request; others are not touched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What to generate from, and how."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    stop: Sequence[str] = ()  # strings that end the text and are not part of it
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """The next piece of the answer; its text may be empty."""
+
+    text: str
+    num_tokens: int  # generated so far, those without text (EOS, a stop string) included
+    finish_reason: Literal["stop", "length"] | None = None  # set on the last piece
+
+
+class LanguageModel:
+    """An engine with the tokenizer and the chat template of its model.
+
+    Args:
+        client: an engine that is ready.
+        facts: what it said when it became so.
+        header: of the model's GGUF file.
+
+    Raises:
+        ModelInvalid, ModelUnsupported: the tokenizer or the template cannot be built.
+    """
+
+    def __init__(self, client: EngineClient, facts: EngineFacts, header: GGUFHeader) -> None:
+        self.max_model_len = facts.max_model_len  # the longest prompt and answer together, in tokens
+        self._client = client
+        self._tokenizer = Tokenizer(header)
+        template = header.get("tokenizer.chat_template", str, "")
+        self._template = ChatTemplate(template, self._tokenizer) if template else None
+
+    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt for the next assistant message. Control tokens in messages are ordinary text.
+
+        Raises:
+            RequestInvalid: the template refuses the messages, or the prompt is too long.
+        """
+        if self._template is None:
+            raise RequestInvalid(
+                "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
+            )
+        return await self._encode(self._template.render(messages), "messages")
+
+    async def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the token ids of a raw prompt, in which control tokens count.
+
+        Raises:
+            RequestInvalid: it is empty, too long, or has ids outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            ids = [*self._tokenizer.prompt_prefix_ids, *await self._encode([Segment(prompt, True)], "prompt")]
+        else:
+            ids = list(prompt)
+            self.check_token_ids(ids, "prompt")
+        if not ids:
+            raise RequestInvalid("prompt is empty; it must hold at least one token", param="prompt")
+        self._refuse_overlong(len(ids), "prompt")
+        return ids
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Refuse ids outside the vocabulary."""
+        size = self._tokenizer.vocab_size
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
+        if wrong is not None:
+            raise RequestInvalid(f"{param}: token id {str(wrong)[:20]} is not in 0..{size - 1}", param=param)
+
+    def resolve_max_tokens(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> int:
+        """Return how many tokens may be generated; None means what the context leaves.
+
+        Raises:
+            RequestInvalid: prompt and `max_tokens` together exceed the context.
+        """
+        room = self.max_model_len - num_prompt_tokens
+        if max_tokens is None:
+            return room
+        if max_tokens > room:
+            raise RequestInvalid(
+                f"this model's context is {self.max_model_len} tokens; the prompt has {num_prompt_tokens} and "
+                f"{param} asks for {str(max_tokens)[:20]} more. Lower {param} to {room} or shorten the prompt",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return max_tokens
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
+        """Yield the answer piece by piece. Leaving early aborts the request.
+
+        Raises:
+            GenerationFailed: the engine gave up on this request.
+            EngineDead: the engine process ended.
+        """
+        tokenizer = self._tokenizer
+        detokenizer = Detokenizer(tokenizer.token_bytes, tokenizer.control_ids, request.stop)
+        num_tokens = 0
+        updates = self._client.generate(request.request_id, request.prompt_token_ids, request.sampling)
+        async with contextlib.aclosing(updates):
+            async for update in updates:
+                num_tokens += len(update.token_ids)
+                match update.finish_reason:
+                    case "error" | "abort":
+                        raise GenerationFailed(update.error or "the engine aborted the request")
+                    case "stop" | "length" | None as reason:
+                        # The token that ended the request is no part of the text.
+                        text = detokenizer.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
+                if reason is not None:
+                    text += detokenizer.finish()
+                if detokenizer.stopped:
+                    yield TextDelta(text, num_tokens, "stop")
+                    return
+                yield TextDelta(text, num_tokens, reason)
+
+    async def _encode(self, segments: Sequence[Segment], param: str) -> list[int]:
+        num_characters = sum(len(segment.text) for segment in segments)
+        # No token stands for more than so many bytes, so that a flood of text is refused without tokenising it.
+        fewest = sum(len(segment.text.encode()) for segment in segments) // self._tokenizer.max_token_bytes
+        self._refuse_overlong(fewest, param, at_least=True)
+        if num_characters > _INLINE_CHARACTERS:
+            ids = await asyncio.to_thread(self._tokenizer.encode, segments)
+        else:
+            ids = self._tokenizer.encode(segments)
+        self._refuse_overlong(len(ids), param)
+        return ids
+
+    def _refuse_overlong(self, num_tokens: int, param: str, *, at_least: bool = False) -> None:
+        if num_tokens >= self.max_model_len:
+            raise RequestInvalid(
+                f"this model's context is {self.max_model_len} tokens, of which the answer needs at least one; "
+                f"the prompt has {'at least ' if at_least else ''}{num_tokens}",
+                param=param,
+                code="context_length_exceeded",
+            )
