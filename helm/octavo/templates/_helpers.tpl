@@ -1,0 +1,76 @@
+{{- define "octavo.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{/* The prefix of the names of objects; short enough for the suffixes that the templates append. */}}
+{{- define "octavo.fullname" -}}
+{{- $name := include "octavo.name" . }}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name }}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- define "octavo.operatorName" -}}
+{{ include "octavo.fullname" . }}-operator
+{{- end }}
+
+{{- define "octavo.serviceAccountName" -}}
+{{- default (include "octavo.operatorName" .) .Values.serviceAccount.name }}
+{{- end }}
+
+{{/* What the operator's pod is selected by; a Deployment's selector cannot change, so neither can this. */}}
+{{- define "octavo.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "octavo.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+app.kubernetes.io/component: operator
+{{- end }}
+
+{{- define "octavo.labels" -}}
+{{ include "octavo.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* An image by digest if there is one, else by tag. Takes {image, context}. */}}
+{{- define "octavo.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ default .context.Chart.AppVersion .image.tag }}
+{{- end }}
+{{- end }}
+
+{{/* All that the operator may do, in the whole cluster or in each of watchNamespaces. It cannot read a Secret. */}}
+{{- define "octavo.rules" -}}
+- apiGroups: [serving.octavo.dev]
+  resources: [inferenceservices]
+  verbs: [get, list, watch]
+- apiGroups: [serving.octavo.dev]
+  resources: [inferenceservices/status]
+  verbs: [patch]
+# Where the admission plugin OwnerReferencesPermissionEnforcement is on, as in OpenShift, who makes an object that
+# blocks its owner's deletion must be allowed to set the owner's finalizers. The operator sets none.
+- apiGroups: [serving.octavo.dev]
+  resources: [inferenceservices/finalizers]
+  verbs: [update]
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [autoscaling]
+  resources: [horizontalpodautoscalers]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end }}
