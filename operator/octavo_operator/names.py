@@ -24,6 +24,7 @@ DEFAULT_ENGINE_IMAGE: Final = (
 )
 
 SERVICE_LABEL: Final = f"{GROUP}/service"  # its value is the InferenceService's name; on every child and every pod
+MANIFEST_HASH_ANNOTATION: Final = f"{GROUP}/manifest-hash"  # on every child: which manifest was applied last
 NAME_LABEL: Final = "app.kubernetes.io/name"
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 COMPONENT_LABEL: Final = "app.kubernetes.io/component"

@@ -1,0 +1,166 @@
+"""What to do: compares what should exist with what does. Pure; called by reconcile.py on every pass.
+
+A child is left alone if two things hold. Its annotation `manifest-hash` is that of the manifest which should exist: so
+nothing has been added, changed or dropped since it was applied. And its `managedFields` still say that we own each
+field of that manifest: whoever changes or removes a field by other means takes it from us, because that is how the API
+server keeps the books (https://kubernetes.io/docs/reference/using-api/server-side-apply/#field-management). So values
+are never compared, and neither what the server defaults or normalises ("1000m" is "1"), nor what a mutating webhook
+makes of an image's name, nor what an autoscaler, a mesh or a person adds, makes a difference.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from octavo_operator import names
+from octavo_operator.kube import AUTOSCALER, DEPLOYMENT, Json
+from octavo_operator.observe import Child, Observed
+
+REPLICAS_MANAGER: Final = "octavo-replicas"  # keeps `replicas` when we let go of it, until the autoscaler takes it
+FOREIGN_CHILD_SECONDS: Final = 30.0  # nothing tells us when an object that does not carry our label goes away
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The writes that bring what is there to what should be, in this order."""
+
+    delete: tuple[Child, ...] = ()
+    hand_over: tuple[Json, ...] = ()  # to apply as REPLICAS_MANAGER
+    apply: tuple[Json, ...] = ()  # with metadata.uid where the object exists: to be changed, never to be created
+    conflicts: tuple[Child, ...] = ()  # objects of the right name that belong to another; nothing is done to them
+    leaving: tuple[Child, ...] = ()  # objects that will be gone soon, and then made anew
+    requeue_after: float | None = None  # seconds; None: what is waited for comes as an event
+
+    @property
+    def writes(self) -> int:
+        """How many requests this is."""
+        return len(self.delete) + len(self.hand_over) + len(self.apply)
+
+
+def decide(uid: str, desired: Iterable[Json], observed: Observed) -> Plan:
+    """Plan the writes.
+
+    Args:
+        uid: of the InferenceService.
+        desired: the complete manifests of the children that should exist.
+        observed: what exists: all children with our label, and whatever has the name of a desired one.
+    """
+    manifests = {(manifest["kind"], manifest["metadata"]["name"]): _with_hash(manifest) for manifest in desired}
+    apply: list[Json] = []
+    hand_over: list[Json] = []
+    conflicts: list[Child] = []
+    leaving: list[Child] = []
+    for identity, manifest in manifests.items():
+        child = observed.children.get(identity)
+        if child is None:
+            apply.append(manifest)
+        elif child.deleting or _belongs_to_predecessor(child, uid):
+            leaving.append(child)
+        elif not _is_ours(child, uid):
+            conflicts.append(child)
+        elif not _is_as_applied(child, manifest):
+            hand_over.extend(_hand_over_replicas(child, manifest))
+            apply.append({**manifest, "metadata": {**manifest["metadata"], "uid": child.uid}})
+    obsolete = tuple(
+        child
+        for identity, child in observed.children.items()
+        if identity not in manifests and _is_ours(child, uid) and not child.deleting
+    )
+    # Before an autoscaler there must be what it scales, and that without a number of our own.
+    apply.sort(key=lambda manifest: manifest["kind"] == AUTOSCALER.kind)
+    return Plan(
+        delete=obsolete,
+        hand_over=tuple(hand_over),
+        apply=tuple(apply),
+        conflicts=tuple(conflicts),
+        leaving=tuple(leaving),
+        requeue_after=FOREIGN_CHILD_SECONDS if conflicts else None,
+    )
+
+
+def _with_hash(manifest: Json) -> Json:
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    metadata = manifest["metadata"]
+    annotations = {**metadata.get("annotations", {}), names.MANIFEST_HASH_ANNOTATION: digest}
+    return {**manifest, "metadata": {**metadata, "annotations": annotations}}
+
+
+def _is_ours(child: Child, uid: str) -> bool:
+    return child.owner is not None and child.owner.uid == uid
+
+
+def _belongs_to_predecessor(child: Child, uid: str) -> bool:
+    """Whether it is the child of a deleted InferenceService of the same name, which the garbage collector will take."""
+    owner = child.owner
+    return owner is not None and (owner.kind, owner.name) == (names.KIND, child.service.name) and owner.uid != uid
+
+
+def _is_as_applied(child: Child, manifest: Json) -> bool:
+    if child.manifest_hash != manifest["metadata"]["annotations"][names.MANIFEST_HASH_ANNOTATION]:
+        return False
+    owned = json.loads(child.owned_fields or "{}")
+    return all(
+        _owns(owned.get(f"f:{key}"), value)
+        for key, value in _stated(manifest).items()
+        if key not in {"apiVersion", "kind"}
+    )
+
+
+def _stated(manifest: Json) -> Json:
+    """The manifest without what identifies the object: nobody owns that."""
+    metadata = {key: value for key, value in manifest["metadata"].items() if key not in {"name", "namespace"}}
+    return {**manifest, "metadata": metadata}
+
+
+def _owns(owned: Mapping[str, Any] | None, value: Any) -> bool:
+    """Whether a node of fieldsV1 covers a value.
+
+    A node without members is owned as a whole: a scalar, an empty or an atomic value. Members of a map are called
+    f:NAME; those of a list k:{KEYS}, by the fields that tell its items apart, or v:VALUE in a list that is a set.
+    """
+    if owned is None:
+        return False
+    if not owned:
+        return True
+    if isinstance(value, Mapping):
+        return all(_owns(owned.get(f"f:{name}"), member) for name, member in value.items())
+    if isinstance(value, list):
+        return all(_owns_item(owned, item) for item in value)
+    return False
+
+
+def _owns_item(owned: Mapping[str, Any], item: Any) -> bool:
+    if not isinstance(item, Mapping):
+        return f"v:{json.dumps(item)}" in owned
+    for name, node in owned.items():
+        if name.startswith("k:"):
+            keys = json.loads(name[2:])
+            # A key that the item leaves out (such as a port's protocol) has been defaulted by the server.
+            if all(item.get(key, value) == value for key, value in keys.items()):
+                return _owns(node, item)
+    return False
+
+
+def _hand_over_replicas(child: Child, manifest: Json) -> list[Json]:
+    """Keep the number of replicas when the manifest stops giving one.
+
+    A field that its only owner leaves out is removed, and the server would default it to 1: five pods would become one
+    until the autoscaler has counted again. So another manager applies the same number first, and stays its owner
+    until the autoscaler writes another.
+    """
+    if child.kind != DEPLOYMENT.kind or child.replicas is None or "replicas" in manifest["spec"]:
+        return []
+    if "f:replicas" not in json.loads(child.owned_fields or "{}").get("f:spec", {}):
+        return []
+    metadata = manifest["metadata"]
+    return [
+        {
+            "apiVersion": manifest["apiVersion"],
+            "kind": manifest["kind"],
+            "metadata": {"name": metadata["name"], "namespace": metadata["namespace"], "uid": child.uid},
+            "spec": {"replicas": child.replicas},
+        }
+    ]

@@ -1,0 +1,221 @@
+"""What can be the matter with a service, and how that is seen in its pods. Pure; called by status.py.
+
+`Cause` is the one table of it: what becomes of the condition Ready, the reason (part of the API) and the message, which
+says the way out wherever there is one. Messages leave out what differs from one failure to the next (times, addresses,
+generated names), so that a service that stays broken is not written again and again.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, NamedTuple
+
+from octavo_operator import names
+from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.kube import Json
+from octavo_operator.observe import Container, Pod, Termination
+
+MESSAGE_LIMIT: Final = 1024  # characters of what others say, in our messages
+
+
+class _Row(NamedTuple):
+    ready: str  # the status of Ready
+    reason: str  # of Ready and Progressing, and of Available where nothing serves
+    message: str  # a template; {pods} is such as "2 of 3 pods"
+
+
+class Cause(Enum):
+    """Why a service is not ready (or that it is), the gravest first: of several, the first is told.
+
+    PodFailed is so late because the remains of an evicted pod stay for long; its successor's state is the news.
+    """
+
+    INVALID_SPEC = _Row("False", "InvalidSpec", "{detail}")
+    CHILD_CONFLICT = _Row(
+        "False",
+        "ChildConflict",
+        '{kind} "{name}" exists already and does not belong to this InferenceService: '
+        "delete it, or give the InferenceService another name",
+    )
+    FORBIDDEN = _Row("False", "Forbidden", "the API server does not let the operator write the children: {detail}")
+    REFUSED = _Row("False", "ChildRefused", "the API server refuses a child: {detail}")
+    SUSPENDED = _Row("False", "Suspended", "spec.replicas is 0: set it to 1 or more to serve the model")
+    CHILD_LEAVING = _Row("Unknown", "ReplacingChild", '{kind} "{name}" is being deleted and will be made anew')
+    PODS_FORBIDDEN = _Row("False", "PodsForbidden", "pods cannot be created: {detail}")
+    ENGINE_REFUSED = _Row("False", "{reason}", "{detail}")  # the engine's own reason and words
+    MODEL_SOURCE_NOT_FOUND = _Row(
+        "False",
+        "ModelSourceNotFound",
+        '{pods} cannot start: PersistentVolumeClaim "{claim}" does not exist in namespace {namespace}: '
+        "create it, or correct spec.model.source",
+    )
+    GPUS_SHORT = _Row(
+        "False",
+        "Unschedulable",
+        "{pods} cannot be scheduled: {detail} Free GPUs or add nodes with them, or lower spec.accelerator.count",
+    )
+    UNSCHEDULABLE = _Row("False", "Unschedulable", "{pods} cannot be scheduled: {detail}")
+    IMAGE_PULL_FAILED = _Row(
+        "False",
+        "ImagePullFailed",
+        '{pods} cannot pull the image "{image}": check that it exists, and spec.pod.imagePullSecrets if its registry '
+        "wants a login",
+    )
+    CONTAINER_START = _Row("False", "ContainerStartFailed", '{pods} cannot start the container "{container}": {detail}')
+    OUT_OF_MEMORY = _Row(
+        "False",
+        "OutOfMemory",
+        '{pods} ran out of memory in the container "{container}": raise spec.resources.limits.memory, '
+        "or lower spec.engine.maxModelLen or maxNumSeqs",
+    )
+    CRASHED = _Row(
+        "False", "ContainerCrashed", 'the container "{container}" of {pods} ended with exit code {code}: {detail}'
+    )
+    STALLED = _Row("False", "ProgressDeadlineExceeded", "no pod has become ready for too long: {detail}")
+    GATED = _Row("Unknown", "SchedulingGated", "{pods} wait for their scheduling gates to be lifted")
+    LOADING = _Row("Unknown", "Loading", "{pods} load the model")
+    PULLING = _Row("Unknown", "Pulling", "{pods} pull the model from {source}")
+    POD_FAILED = _Row("False", "PodFailed", "{pods} failed: {detail}")
+    STARTING = _Row("Unknown", "Starting", "{pods} are being started")
+    ROLLING_OUT = _Row("Unknown", "RollingOut", "{detail}")
+    READY = _Row("True", "Ready", "{detail}")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A cause, with what fills its template."""
+
+    cause: Cause
+    fields: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, cause: Cause, **fields: str) -> "Finding":
+        """A finding with its fields in a fixed order, so that equal ones are equal."""
+        return cls(cause, tuple(sorted(fields.items())))
+
+    @property
+    def ready(self) -> str:
+        """The status of Ready."""
+        return self.cause.value.ready
+
+    @property
+    def reason(self) -> str:
+        """The reason, a CamelCase word."""
+        return self.cause.value.reason.format_map(dict(self.fields))
+
+    def message(self, pods: str) -> str:
+        """The message; `pods` says how many it concerns."""
+        return self.cause.value.message.format_map({"pods": pods, **dict(self.fields)})
+
+
+def diagnose(pod: Pod, service: InferenceService) -> Finding:
+    """Why a pod is not ready."""
+    if pod.phase == "Failed":
+        return Finding.of(Cause.POD_FAILED, detail=stable(f"{pod.reason}: {pod.message}"))
+    if pod.unscheduled is not None:
+        return _diagnose_unscheduled(*pod.unscheduled, service)
+    for container in pod.all_containers:
+        finding = _diagnose_container(container)
+        if finding is not None:
+            return finding
+    if any(container.name == names.PULL_CONTAINER and container.running for container in pod.init_containers):
+        return Finding.of(Cause.PULLING, source=service.spec.model.source)
+    if any(container.name == names.ENGINE_CONTAINER and container.running for container in pod.containers):
+        return Finding.of(Cause.LOADING)
+    return Finding.of(Cause.STARTING)
+
+
+def _diagnose_unscheduled(reason: str, message: str, service: InferenceService) -> Finding:
+    if reason == "SchedulingGated":
+        return Finding.of(Cause.GATED)
+    missing_claim = re.search('persistentvolumeclaim "([^"]+)" not found', message)
+    if missing_claim:
+        namespace = service.metadata.namespace or ""
+        return Finding.of(Cause.MODEL_SOURCE_NOT_FOUND, claim=missing_claim[1], namespace=namespace)
+    # After the nodes' reasons the scheduler says why preempting others would not help, which says nothing more.
+    detail = re.split(r"[.,]? +(?:no new claims to deallocate, )?preemption:", message)[0].rstrip(". ") + "."
+    return Finding.of(Cause.GPUS_SHORT if names.GPU_RESOURCE in message else Cause.UNSCHEDULABLE, detail=detail)
+
+
+_IMAGE_REASONS: Final = {
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+}
+
+
+_START_REASONS: Final = {
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+    "StartError",
+    "ContainerCannotRun",
+}
+
+
+def _diagnose_container(container: Container) -> Finding | None:
+    """What is wrong with a container, if anything is.
+
+    The end of the run before counts until the container is ready: while it starts anew it does not look healthier than
+    it is, and the conditions do not flap between two crashes.
+    """
+    if container.ready:
+        return None
+    if container.waiting in _IMAGE_REASONS:
+        return Finding.of(Cause.IMAGE_PULL_FAILED, image=container.image)
+    if container.waiting in _START_REASONS:
+        detail = stable(container.waiting_message)
+        return Finding.of(Cause.CONTAINER_START, container=container.name, detail=detail)
+    if container.ended is None or (container.ended.exit_code == 0 and container.waiting != "CrashLoopBackOff"):
+        return None
+    return _diagnose_end(container.name, container.ended)
+
+
+def _diagnose_end(container: str, ended: Termination) -> Finding:
+    """Why a container ended."""
+    if ended.reason in _START_REASONS:
+        return Finding.of(Cause.CONTAINER_START, container=container, detail=stable(ended.message))
+    if ended.reason == "OOMKilled":
+        return Finding.of(Cause.OUT_OF_MEMORY, container=container)
+    refusal = _message_of_ours(ended.message)
+    if re.fullmatch("[A-Z][A-Za-z0-9]{0,62}", str(refusal.get("reason"))) and isinstance(refusal.get("message"), str):
+        return Finding.of(Cause.ENGINE_REFUSED, reason=refusal["reason"], detail=refusal["message"][:MESSAGE_LIMIT])
+    detail = stable(ended.message) or "it left no message; its log may say more"
+    return Finding.of(Cause.CRASHED, container=container, code=str(ended.exit_code), detail=detail)
+
+
+def _message_of_ours(text: str) -> Json:
+    """The JSON that `octavo pull` and `octavo serve` leave behind in /dev/termination-log, or nothing."""
+    try:
+        message = json.loads(text)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def model_facts(pods: Iterable[Pod]) -> Mapping[str, Any]:
+    """What the engine or `octavo pull` found out about the model, in the newest pod that tells."""
+    for pod in sorted(pods, key=lambda pod: (pod.created, pod.name), reverse=True):
+        for container in pod.all_containers:
+            facts = _message_of_ours(container.ended.message).get("facts") if container.ended is not None else None
+            if isinstance(facts, dict) and facts:
+                return facts
+    return {}
+
+
+_VARYING: Final = re.compile(
+    r"""pods\ "[^"]*"\ is\ forbidden:\ |                # the name of a pod that was not made
+    \d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.,\d]*(?:Z|[+-]\d\d:?\d\d)?\ ?|  # a time
+    0x[0-9a-f]{6,}""",  # an address
+    re.VERBOSE,
+)
+
+
+def stable(text: str) -> str:
+    """The last line of somebody's message, without what differs from one failure to the next."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return _VARYING.sub("", lines[-1]).strip()[:MESSAGE_LIMIT] if lines else ""

@@ -1,0 +1,187 @@
+"""What there is: the children and pods of one InferenceService, reduced to what the operator decides by.
+
+The types are what the caches keep of each object (a few hundred bytes instead of kilobytes) and what decide.py and
+status.py are given. `Child.from_json` and `Pod.from_json` are the only readers of those objects. Pure.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from octavo_operator import names
+from octavo_operator.cache import Key
+from octavo_operator.kube import Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """The controlling owner of an object."""
+
+    kind: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """A live Deployment, Service or HorizontalPodAutoscaler."""
+
+    service: Key  # the InferenceService that its label names
+    kind: str
+    name: str
+    uid: str
+    version: int  # resourceVersion
+    generation: int = 0
+    owner: Owner | None = None
+    deleting: bool = False  # it waits for finalizers
+    manifest_hash: str | None = None  # of the manifest that was applied last; see decide.py
+    owned_fields: str | None = None  # fieldsV1 of our server-side apply, as JSON text: parsed only when it is compared
+    replicas: int | None = None  # spec.replicas, of a Deployment
+    status: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, kind: str, body: Json) -> "Child":
+        """Reduce an object; its kind is given because items of a list do not carry it."""
+        metadata = body["metadata"]
+        return cls(
+            service=_service(metadata),
+            kind=kind,
+            name=metadata["name"],
+            uid=metadata["uid"],
+            version=int(metadata["resourceVersion"]),
+            generation=metadata.get("generation", 0),
+            owner=_owner(metadata),
+            deleting="deletionTimestamp" in metadata,
+            manifest_hash=metadata.get("annotations", {}).get(names.MANIFEST_HASH_ANNOTATION),
+            owned_fields=_owned_fields(metadata),
+            replicas=body.get("spec", {}).get("replicas"),
+            status=body.get("status", {}),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Termination:
+    """How a container ended last."""
+
+    reason: str  # the kubelet's: Error, OOMKilled, Completed, ContainerCannotRun ...
+    exit_code: int
+    message: str  # the termination message: our JSON, or the end of the log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """The state of one container of a pod."""
+
+    name: str
+    image: str
+    ready: bool
+    running: bool
+    waiting: str | None  # the kubelet's reason, such as ImagePullBackOff
+    waiting_message: str
+    ended: Termination | None  # the end of this run if it has ended, else that of the run before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pod:
+    """A live pod of the engine."""
+
+    service: Key
+    name: str
+    version: int
+    created: str  # RFC 3339, so that it sorts as text
+    deleting: bool
+    template: str  # names the pod template that it was made from
+    phase: str
+    reason: str  # of the whole pod, such as Evicted
+    message: str
+    ready: bool
+    unscheduled: tuple[str, str] | None  # (reason, message) of PodScheduled while it is False
+    init_containers: tuple[Container, ...]
+    containers: tuple[Container, ...]
+
+    @classmethod
+    def from_json(cls, body: Json) -> "Pod":
+        """Reduce a pod."""
+        metadata, status = body["metadata"], body.get("status", {})
+        conditions = {condition["type"]: condition for condition in status.get("conditions", ())}
+        scheduled = conditions.get("PodScheduled", {})
+        return cls(
+            service=_service(metadata),
+            name=metadata["name"],
+            version=int(metadata["resourceVersion"]),
+            created=metadata.get("creationTimestamp", ""),
+            deleting="deletionTimestamp" in metadata,
+            template=metadata.get("labels", {}).get("pod-template-hash", ""),
+            phase=status.get("phase", "Pending"),
+            reason=status.get("reason", ""),
+            message=status.get("message", ""),
+            ready=conditions.get("Ready", {}).get("status") == "True",
+            unscheduled=(
+                (scheduled.get("reason", ""), scheduled.get("message", ""))
+                if scheduled.get("status") == "False"
+                else None
+            ),
+            init_containers=tuple(_container(item) for item in status.get("initContainerStatuses", ())),
+            containers=tuple(_container(item) for item in status.get("containerStatuses", ())),
+        )
+
+    @property
+    def all_containers(self) -> tuple[Container, ...]:
+        """The containers in the order in which they start."""
+        return (*self.init_containers, *self.containers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """All that is there of one InferenceService."""
+
+    children: Mapping[tuple[str, str], Child]  # by kind and name; ours or not
+    pods: tuple[Pod, ...] = ()  # in the order of their names
+
+    def child(self, kind: str, name: str) -> Child | None:
+        """The live child, if there is one."""
+        return self.children.get((kind, name))
+
+
+def _service(metadata: Json) -> Key:
+    return Key(metadata["namespace"], metadata.get("labels", {}).get(names.SERVICE_LABEL, ""))
+
+
+def _owner(metadata: Json) -> Owner | None:
+    for reference in metadata.get("ownerReferences", ()):
+        if reference.get("controller"):
+            return Owner(kind=reference["kind"], name=reference["name"], uid=reference["uid"])
+    return None
+
+
+def _owned_fields(metadata: Json) -> str | None:
+    for entry in metadata.get("managedFields", ()):
+        if (entry.get("manager"), entry.get("operation"), entry.get("subresource")) == (
+            names.FIELD_MANAGER,
+            "Apply",
+            None,
+        ):
+            return json.dumps(entry.get("fieldsV1", {}), separators=(",", ":"))
+    return None
+
+
+def _container(status: Json) -> Container:
+    state = status.get("state", {})
+    ended = state.get("terminated") or status.get("lastState", {}).get("terminated")
+    waiting = state.get("waiting")
+    return Container(
+        name=status["name"],
+        image=status.get("image", ""),
+        ready=status.get("ready", False),
+        running="running" in state,
+        waiting=waiting.get("reason", "") if waiting is not None else None,
+        waiting_message=waiting.get("message", "") if waiting is not None else "",
+        ended=None
+        if ended is None
+        else Termination(
+            reason=ended.get("reason", ""),
+            exit_code=ended.get("exitCode", 0),
+            message=ended.get("message", ""),
+        ),
+    )
