@@ -20,7 +20,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from octavo_engine.errors import RequestInvalid, UserError
+from octavo_engine.errors import PeerGone, RequestInvalid, UserError
 from octavo_engine.messages import (
     AbortRequest,
     AddRequest,
@@ -62,7 +62,7 @@ def run_loop(channel: EngineChannel, scheduler: Scheduler, runner: Runner) -> No
 
     Raises:
         ShutdownRequested: a Shutdown message came.
-        EOFError: the API process is gone.
+        PeerGone: the API process is gone.
         Exception: whatever the runner raises; the state of the cache is unknown then.
     """
     while True:
@@ -113,7 +113,7 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
         run_loop(channel, scheduler, model.runner)
     except ShutdownRequested:
         return 0
-    except EOFError:
+    except PeerGone:
         logger.info("the API process is gone: ending")
         return 0
     except UserError as error:
@@ -134,7 +134,7 @@ def load_model(config: EngineConfig, on_progress: OnProgress) -> LoadedModel:
 
 def refuse(channel: EngineChannel, reason: str, message: str) -> None:
     """Tell the API process why this one ends, if it is still there."""
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(PeerGone):
         channel.send(Refused(reason=reason, message=message, facts={}))
 
 
@@ -153,14 +153,14 @@ def bind_to_parent() -> None:
         libc.prctl(PR_SET_NAME, b"octavo-engine")  # for ps and top
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], load: LoadRunner = load_model) -> int:
     """The engine process from its two arguments on: the socket's file descriptor and the configuration as JSON."""
     bind_to_parent()
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     fd, config = arguments
     channel = EngineChannel(socket.socket(fileno=int(fd)))
-    return run_engine(channel, config_from_json(config), load_model)
+    return run_engine(channel, config_from_json(config), load)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@
     |   |-- DeviceMissing           --device asks for hardware that is not there
     |   |-- EngineRefused           any of these in the engine process, as the API process learns of it
     |   `-- RequestInvalid          an HTTP request; `param` names the field
-    `-- EngineDead                  the engine process ended or stopped answering
+    |-- NotServing                  no new request now: loading, draining, or the engine is stuck
+    |-- GenerationFailed            the engine gave up on one request; the others are not touched
+    |-- EngineDead                  the engine process ended
+    `-- PeerGone (EOFError)         API process or engine process, to the other one: the socket between them has ended
 
 A UserError that stops the process at start is written to the termination log as
 `{"reason": <class name>, "message": ..., "facts": {...}}`, which is how the operator learns of it. The class name is
@@ -96,5 +99,21 @@ class RequestInvalid(UserError):
         self.status = status
 
 
+class NotServing(OctavoError):
+    """No new request can be served now; becomes a 503 with Retry-After."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds
+
+
+class GenerationFailed(OctavoError):
+    """The engine gave up on one request; the others are not touched."""
+
+
 class EngineDead(OctavoError):
-    """The engine process ended or stopped making progress."""
+    """The engine process ended."""
+
+
+class PeerGone(OctavoError, EOFError):
+    """The process at the other end of the socket between API process and engine process is gone."""

@@ -4,7 +4,7 @@ client.py starts the engine and talks through a ClientChannel (asyncio); core.py
 (blocking). Knows the messages' types but not their meaning, and imports no torch.
 
 A frame is a 4-byte big-endian length and that many bytes of msgpack. Both ends are the same version of this package,
-so a frame that breaks these rules is a bug and is raised as such; a peer that is gone is an EOFError on both sides,
+so a frame that breaks these rules is a bug and is raised as such; a peer that is gone is a PeerGone on both sides,
 however it went.
 """
 
@@ -20,6 +20,7 @@ import sys
 import msgspec
 
 from octavo_engine.config import EngineConfig
+from octavo_engine.errors import PeerGone
 from octavo_engine.messages import ToClient, ToEngine
 
 MAX_FRAME_BYTES = 64 * 2**20  # a prompt of ten million tokens; more is a bug, and not memory to be allocated
@@ -81,18 +82,18 @@ class EngineChannel:
         """Send a message; waits while the API process does not keep up.
 
         Raises:
-            EOFError: the API process is gone.
+            PeerGone: the API process is gone.
         """
         try:
             self._socket.sendall(encode_frame(message))
         except ConnectionError as error:
-            raise EOFError("the API process is gone") from error
+            raise PeerGone("the API process is gone") from error
 
     def receive(self, *, timeout: float) -> list[ToEngine]:
         """All messages that have arrived whole, after waiting up to `timeout` seconds for something to arrive.
 
         Raises:
-            EOFError: the API process is gone.
+            PeerGone: the API process is gone.
         """
         if self._readable.poll(timeout * 1000):
             self._read_available()
@@ -108,8 +109,8 @@ class EngineChannel:
         except BlockingIOError:
             return
         except ConnectionError as error:
-            raise EOFError("the API process is gone") from error
-        raise EOFError("the API process is gone")
+            raise PeerGone("the API process is gone") from error
+        raise PeerGone("the API process is gone")
 
     def _take_message(self) -> ToEngine | None:
         if len(self._received) < _LENGTH.size:
@@ -141,27 +142,27 @@ class ClientChannel:
         """Send a message; waits while the engine does not keep up.
 
         Raises:
-            EOFError: the engine process is gone.
+            PeerGone: the engine process is gone.
         """
         frame = encode_frame(message)
         try:
             self._writer.write(frame)
             await self._writer.drain()
         except ConnectionError as error:
-            raise EOFError("the engine process is gone") from error
+            raise PeerGone("the engine process is gone") from error
 
     async def receive(self) -> ToClient:
         """The next message.
 
         Raises:
-            EOFError: the engine process is gone; every message that it sent whole has been received.
+            PeerGone: the engine process is gone; every message that it sent whole has been received.
         """
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             _check_size(length)
             frame = await self._reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise EOFError("the engine process is gone") from error
+            raise PeerGone("the engine process is gone") from error
         message: ToClient = self._decoder.decode(frame)
         return message
 
