@@ -4,9 +4,11 @@ Used by api/crd.py and cli.py for everything that is printed or committed.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import yaml
+
+_BREAKS: Final = frozenset("\x85\u2028\u2029")  # line breaks of YAML 1.1, which PyYAML keeps only in double quotes
 
 
 class _Dumper(yaml.SafeDumper):
@@ -30,6 +32,8 @@ def _looks_like_more(text: str) -> bool:
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = "'" if _looks_like_more(text) else None
+    if not _BREAKS.isdisjoint(text):
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

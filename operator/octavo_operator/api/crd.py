@@ -237,9 +237,9 @@ def as_yaml() -> str:
     return header + yaml_text.dump([custom_resource_definition()])
 
 
-def as_helm_template() -> str:
-    """The same CRD, which the chart installs if it is told to, and leaves in place when it is uninstalled."""
-    body = as_yaml().replace("{{", '{{ "{{" }}')
+def as_helm_template(crd: str) -> str:
+    """The same text as a template of the chart: installed if wanted, and kept when the chart is uninstalled."""
+    body = crd.replace("{{", '{{ "{{" }}')
     name = f"  name: {names.CRD_NAME}\n"
     keep = (
         "  {{- if .Values.crds.keep }}\n"
@@ -252,7 +252,7 @@ def as_helm_template() -> str:
 
 def files() -> dict[Path, str]:
     """Every generated file, by its path in the repository."""
-    return {CRD_PATH: as_yaml(), HELM_PATH: as_helm_template()}
+    return {CRD_PATH: as_yaml(), HELM_PATH: as_helm_template(as_yaml())}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -215,7 +215,8 @@ class InferenceServiceSpec(Model):
     accelerator: AcceleratorSpec = Field(default=AcceleratorSpec(), description="The hardware of each replica.")
     replicas: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         default=None,
-        description="How many pods serve the model; 0 suspends the service. Default: 1. Excludes autoscaling.",
+        description="How many pods serve the model; 0 suspends the service. Default: 1, which the scale subresource "
+        "cannot see: set it before a tool scales the service. Excludes autoscaling.",
     )
     autoscaling: AutoscalingSpec | None = Field(
         default=None, description="Lets the number of replicas follow the load. Excludes replicas."

@@ -43,15 +43,17 @@ def build(service: InferenceService, *, engine_image: str) -> Manifest:
         engine_image: the image for services that name none.
     """
     spec = service.spec
+    replicas: Manifest = {}
+    if spec.autoscaling is None:  # else the number is the autoscaler's, and applying one would fight it
+        replicas = {"replicas": 1 if spec.replicas is None else spec.replicas}
     manifest_spec: Manifest = {
+        **replicas,
         "selector": {"matchLabels": names.selector(service.name)},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
         "progressDeadlineSeconds": STARTUP_BUDGET_SECONDS + 600,
         "revisionHistoryLimit": OLD_REPLICA_SETS,
         "template": _pod_template(service, spec.engine.image or engine_image),
     }
-    if spec.autoscaling is None:  # else the number is the autoscaler's, and applying one would fight it
-        manifest_spec["replicas"] = 1 if spec.replicas is None else spec.replicas
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -81,11 +83,10 @@ def _pod_template(service: InferenceService, image: str) -> Manifest:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         **_placement(service),
+        **({"initContainers": list(model.init_containers)} if model.init_containers else {}),
         "containers": [_engine_container(service, image, model.path)],
         "volumes": volumes,
     }
-    if model.init_containers:
-        pod_spec["initContainers"] = list(model.init_containers)
     return {"metadata": metadata, "spec": pod_spec}
 
 

@@ -1,0 +1,193 @@
+"""What an InferenceService becomes.
+
+Whole cases stand in golden/, for people to read: CASE.yaml goes in, CASE.children.yaml comes out. After a change on
+purpose the command in REGENERATE writes them anew, and the diff is reviewed.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from octavo_operator import cli
+from octavo_operator.api.v1alpha1 import OWNED_FLAGS, InferenceService
+from octavo_operator.desired import children
+from octavo_operator.desired import service as cluster_service
+
+GOLDEN: Final = Path(__file__).parent / "golden"
+CASES: Final = sorted(path for path in GOLDEN.glob("*.yaml") if not path.name.endswith(".children.yaml"))
+REGENERATE: Final = (
+    "for case in cpu nvidia autoscaling custom; do kubectl-octavo render --engine-image=octavo-engine:golden "
+    "-f tests/operator/golden/$case.yaml > tests/operator/golden/$case.children.yaml; done"
+)
+
+Manifest = dict[str, Any]
+
+
+def service(**spec: Any) -> InferenceService:
+    return InferenceService.model_validate(
+        {
+            "apiVersion": "serving.octavo.dev/v1alpha1",
+            "kind": "InferenceService",
+            "metadata": {"name": "llama", "namespace": "team-a", "uid": "1234"},
+            "spec": {"model": {"source": "pvc://models/llama.gguf"}, **spec},
+        }
+    )
+
+
+def rendered(**spec: Any) -> dict[str, Manifest]:
+    return {child["kind"]: child for child in children(service(**spec), engine_image="octavo-engine:test")}
+
+
+def pod(**spec: Any) -> Manifest:
+    pod_spec: Manifest = rendered(**spec)["Deployment"]["spec"]["template"]["spec"]
+    return pod_spec
+
+
+def engine(**spec: Any) -> Manifest:
+    (container,) = pod(**spec)["containers"]
+    return dict(container)
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_the_children_are_those_that_were_reviewed(path: Path) -> None:
+    expected = path.with_suffix(".children.yaml").read_text()
+    assert cli.render(str(path), engine_image="octavo-engine:golden") == expected, f"if on purpose: {REGENERATE}"
+
+
+def test_every_reviewed_case_is_named_in_the_command_that_renders_it() -> None:
+    command = re.search("case in ([a-z ]+);", REGENERATE)
+    assert command is not None
+    assert sorted(command[1].split()) == [path.stem for path in CASES]
+
+
+def test_the_same_service_renders_the_same_children() -> None:
+    assert rendered(replicas=2) == rendered(replicas=2)
+
+
+def test_every_child_carries_its_owner_its_labels_and_its_namespace() -> None:
+    for child in rendered(autoscaling={"maxReplicas": 2}, resources={"requests": {"cpu": "1"}}).values():
+        metadata = child["metadata"]
+        (owner,) = metadata["ownerReferences"]
+        assert owner["uid"] == "1234"
+        assert owner["controller"]
+        assert metadata["labels"]["serving.octavo.dev/service"] == "llama"
+        assert metadata["namespace"] == "team-a"
+
+
+def test_deployment_and_service_select_the_same_pods() -> None:
+    spec = rendered(pod={"labels": {"team": "a"}})
+    selector = spec["Service"]["spec"]["selector"]
+    assert selector == spec["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert selector.items() <= spec["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_without_autoscaling_there_is_no_autoscaler_and_one_replica() -> None:
+    manifests = rendered()
+    assert "HorizontalPodAutoscaler" not in manifests
+    assert manifests["Deployment"]["spec"]["replicas"] == 1
+
+
+def test_zero_replicas_are_zero() -> None:
+    assert rendered(replicas=0)["Deployment"]["spec"]["replicas"] == 0
+
+
+def test_with_autoscaling_the_deployment_leaves_the_number_to_the_autoscaler() -> None:
+    manifests = rendered(autoscaling={"maxReplicas": 2}, resources={"requests": {"cpu": "1"}})
+    assert "replicas" not in manifests["Deployment"]["spec"]
+    assert manifests["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "llama"
+
+
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_the_gpu_count_is_limit_and_tensor_parallel_size(count: int) -> None:
+    container = engine(accelerator={"type": "nvidia", "count": count})
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": str(count)}
+    assert f"--tensor-parallel-size={count}" in container["args"]
+    assert "--device=cuda" in container["args"]
+
+
+def test_the_init_container_takes_no_gpu() -> None:
+    spec = pod(accelerator={"type": "nvidia", "count": 2}, model={"source": "hf://org/repo:model.gguf"})
+    (pull,) = spec["initContainers"]
+    assert pull["resources"] == {}
+
+
+def test_only_ranks_that_talk_to_each_other_get_shared_memory() -> None:
+    def volumes(count: int) -> list[str]:
+        return [volume["name"] for volume in pod(accelerator={"type": "nvidia", "count": count})["volumes"]]
+
+    assert "shm" not in volumes(1)
+    assert "shm" in volumes(2)
+
+
+def test_on_cpu_nothing_speaks_of_gpus() -> None:
+    spec = pod()
+    assert "tolerations" not in spec
+    assert engine()["resources"] == {}
+    assert {"--device=cpu", "--tensor-parallel-size=1"} <= set(engine()["args"])
+
+
+def test_a_volume_is_mounted_read_only_and_nothing_is_pulled() -> None:
+    spec = pod(model={"source": "pvc://my-claim/a/b.gguf"})
+    assert "initContainers" not in spec
+    assert {
+        "name": "model",
+        "persistentVolumeClaim": {"claimName": "my-claim", "readOnly": True},
+    } in spec["volumes"]
+    assert {"name": "model", "mountPath": "/models", "readOnly": True} in spec["containers"][0]["volumeMounts"]
+    assert spec["containers"][0]["args"][:2] == ["serve", "/models/a/b.gguf"]
+
+
+@pytest.mark.parametrize("source", ["hf://org/repo:model.gguf", "https://models.example/model.gguf"])
+def test_a_remote_file_is_pulled_to_where_the_engine_reads_it(source: str) -> None:
+    spec = pod(model={"source": source})
+    (pull,) = spec["initContainers"]
+    assert pull["args"][:3] == ["pull", source, "--output=/models/model.gguf"]
+    assert spec["containers"][0]["args"][:2] == ["serve", "/models/model.gguf"]
+
+
+def test_the_grace_period_covers_the_announcement_and_the_whole_drain() -> None:
+    spec = pod(rollout={"drainSeconds": 60})
+    before = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert "--shutdown-timeout=60" in spec["containers"][0]["args"]
+    assert spec["terminationGracePeriodSeconds"] > before + 60
+
+
+def test_a_deployment_does_not_give_up_on_a_model_that_may_still_start() -> None:
+    spec = rendered()["Deployment"]["spec"]
+    probe = spec["template"]["spec"]["containers"][0]["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 3 * 3600
+    assert spec["progressDeadlineSeconds"] > 3 * 3600
+
+
+def test_the_service_has_its_own_image_if_it_names_one() -> None:
+    assert engine()["image"] == "octavo-engine:test"
+    assert engine(engine={"image": "mine:1"})["image"] == "mine:1"
+
+
+def test_every_flag_that_the_operator_renders_is_refused_among_extra_args() -> None:
+    args = engine(engine={"maxModelLen": 1, "maxNumSeqs": 1})["args"][2:]
+    assert {arg.partition("=")[0] for arg in args} == set(OWNED_FLAGS)
+
+
+@given(
+    name=st.from_regex(r"[A-Za-z0-9][-A-Za-z0-9._:/]{0,20}", fullmatch=True),
+    path=st.from_regex(r"[-a-z._+]{1,9}(/[-a-z._+]{1,9}){0,2}", fullmatch=True),
+)
+def test_what_users_write_never_becomes_a_flag_of_its_own(name: str, path: str) -> None:
+    try:
+        args = engine(model={"name": name, "source": f"pvc://models/{path}.gguf"})["args"]
+    except ValidationError:
+        reject()  # by a rule, before it gets here
+    assert args[1] == f"/models/{path}.gguf"
+    assert f"--served-model-name={name}" in args
+    assert {arg.partition("=")[0] for arg in args[2:]} <= set(OWNED_FLAGS)
+
+
+def test_the_url_is_what_an_openai_client_takes() -> None:
+    assert cluster_service.url(service()) == "http://llama.team-a.svc/v1"
+    assert cluster_service.url(service(endpoint={"port": 8080})) == "http://llama.team-a.svc:8080/v1"
