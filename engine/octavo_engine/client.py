@@ -194,7 +194,8 @@ class EngineClient:
                 self._outbox.put_nowait(AbortRequest(request_id=request_id))
 
     async def close(self) -> None:
-        """End the engine process; what still runs there is dropped."""
+        """End the engine process; what still runs there is dropped and told so."""
+        self._fail_all("the server shut down before the request ended")
         if self.facts is None:  # it does not listen while it loads, and there is nothing to lose
             self._process.kill()
         self._outbox.put_nowait(Shutdown())
@@ -265,12 +266,14 @@ class EngineClient:
             self._process.kill()
             exit_code = await asyncio.to_thread(self._process.wait)
         words = self._last_words
-        self._death.set_result(
-            f"the engine process (pid {self._process.pid}) ended {_how(exit_code)}"
-            + (f": {words.message}" if words is not None else "")
-        )
+        cause = f": {words.message}" if words is not None else ""
+        self._fail_all(f"the engine process (pid {self._process.pid}) ended {_how(exit_code)}{cause}")
+
+    def _fail_all(self, reason: str) -> None:
+        if not self._death.done():
+            self._death.set_result(reason)
         for stream in self._streams.values():
-            stream.fail(self._death.result())
+            stream.fail(reason)
 
 
 def _how(exit_code: int) -> str:

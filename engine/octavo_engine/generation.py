@@ -10,24 +10,21 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from octavo_engine.errors import OctavoError, RequestInvalid
+from octavo_engine.errors import GenerationFailed, RequestInvalid
 from octavo_engine.text.detokenizer import Detokenizer
 from octavo_engine.text.template import ChatTemplate, Message
 from octavo_engine.text.tokenizer import Segment, Tokenizer
+from octavo_engine.weights.gguf import read_header
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
+    from pathlib import Path
 
     from octavo_engine.client import EngineClient
     from octavo_engine.messages import EngineFacts
     from octavo_engine.plan import SamplingParams
-    from octavo_engine.weights.gguf import GGUFHeader
 
 _INLINE_CHARACTERS: Final = 10_000  # longer texts are tokenised in a thread, so that other requests are answered
-
-
-class GenerationFailed(OctavoError):
-    """The engine could not finish this request; others are not touched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,24 +46,40 @@ class TextDelta:
     finish_reason: Literal["stop", "length"] | None = None  # set on the last piece
 
 
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """What of a model concerns text."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None: the model brings none, and cannot chat
+
+    @classmethod
+    def load(cls, path: Path) -> TextModel:
+        """Build it from a GGUF file's header, without its weights.
+
+        Raises:
+            ModelNotFound, ModelInvalid, ModelUnsupported: the file is not what it should be.
+        """
+        header = read_header(path)
+        tokenizer = Tokenizer(header)
+        template = header.get("tokenizer.chat_template", str, "")
+        return cls(tokenizer, ChatTemplate(template, tokenizer) if template else None)
+
+
 class LanguageModel:
-    """An engine with the tokenizer and the chat template of its model.
+    """An engine with the text model of the same file.
 
     Args:
         client: an engine that is ready.
         facts: what it said when it became so.
-        header: of the model's GGUF file.
-
-    Raises:
-        ModelInvalid, ModelUnsupported: the tokenizer or the template cannot be built.
+        text: tokenizer and chat template.
     """
 
-    def __init__(self, client: EngineClient, facts: EngineFacts, header: GGUFHeader) -> None:
-        self.max_model_len = facts.max_model_len  # the longest prompt and answer together, in tokens
+    def __init__(self, client: EngineClient, facts: EngineFacts, text: TextModel) -> None:
+        self.facts = facts
         self._client = client
-        self._tokenizer = Tokenizer(header)
-        template = header.get("tokenizer.chat_template", str, "")
-        self._template = ChatTemplate(template, self._tokenizer) if template else None
+        self._tokenizer = text.tokenizer
+        self._template = text.template
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt for the next assistant message. Control tokens in messages are ordinary text.
@@ -109,12 +122,12 @@ class LanguageModel:
         Raises:
             RequestInvalid: prompt and `max_tokens` together exceed the context.
         """
-        room = self.max_model_len - num_prompt_tokens
+        room = self.facts.max_model_len - num_prompt_tokens
         if max_tokens is None:
             return room
         if max_tokens > room:
             raise RequestInvalid(
-                f"this model's context is {self.max_model_len} tokens; the prompt has {num_prompt_tokens} and "
+                f"this model's context is {self.facts.max_model_len} tokens; the prompt has {num_prompt_tokens} and "
                 f"{param} asks for {str(max_tokens)[:20]} more. Lower {param} to {room} or shorten the prompt",
                 param=param,
                 code="context_length_exceeded",
@@ -161,9 +174,9 @@ class LanguageModel:
         return ids
 
     def _refuse_overlong(self, num_tokens: int, param: str, *, at_least: bool = False) -> None:
-        if num_tokens >= self.max_model_len:
+        if num_tokens >= self.facts.max_model_len:
             raise RequestInvalid(
-                f"this model's context is {self.max_model_len} tokens, of which the answer needs at least one; "
+                f"this model's context is {self.facts.max_model_len} tokens, of which the answer needs at least one; "
                 f"the prompt has {'at least ' if at_least else ''}{num_tokens}",
                 param=param,
                 code="context_length_exceeded",

@@ -1,0 +1,115 @@
+"""Prometheus metrics under vLLM's names, types, labels and buckets, so that its dashboards and autoscalers just work.
+
+One Metrics per process, with a registry of its own. It observes the engine client (EngineObserver) and is told by
+service.py how each request ended.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from octavo_engine.messages import EngineFacts, SchedulerStats
+
+FinishedReason = Literal["stop", "length", "abort", "error"]
+_FINISHED_REASONS: Final[tuple[FinishedReason, ...]] = ("stop", "length", "abort", "error")
+
+# fmt: off
+_FIRST_TOKEN_BUCKETS: Final = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0,
+    2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # seconds
+_INTER_TOKEN_BUCKETS: Final = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # seconds
+_REQUEST_BUCKETS: Final = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
+    120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+)  # seconds
+# fmt: on
+
+
+class Metrics:
+    """The metrics of one engine."""
+
+    def __init__(self, model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._running = self._gauge("vllm:num_requests_running", "Requests in the running batch.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
+        self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
+        self._preemptions = self._counter("vllm:num_preemptions", "Requests put back to free KV blocks.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._first_token = self._histogram(
+            "vllm:time_to_first_token_seconds", "From the request to its first token.", _FIRST_TOKEN_BUCKETS
+        )
+        self._inter_token = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a request.", _INTER_TOKEN_BUCKETS
+        )
+        self._request = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From the request to its last token.", _REQUEST_BUCKETS
+        )
+        success = Counter(
+            "vllm:request_success",
+            "Requests ended, by how.",
+            [*self._labels, "finished_reason"],
+            registry=self._registry,
+        )
+        # Every reason is there from the start: a rate over a series that appears with its first event misses it.
+        self._finished = {
+            reason: success.labels(**self._labels, finished_reason=reason) for reason in _FINISHED_REASONS
+        }
+        self._num_preemptions_seen = 0
+
+    def on_first_tokens(self, *, seconds: float, num_prompt_tokens: int, num_tokens: int) -> None:
+        """A request got its first tokens (EngineObserver)."""
+        self._first_token.observe(seconds)
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._generation_tokens.inc(num_tokens)
+
+    def on_next_tokens(self, *, seconds: float, num_tokens: int) -> None:
+        """A request got further tokens (EngineObserver)."""
+        for _ in range(num_tokens):
+            self._inter_token.observe(seconds / num_tokens)
+        self._generation_tokens.inc(num_tokens)
+
+    def on_stats(self, stats: SchedulerStats) -> None:
+        """A step ended (EngineObserver)."""
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        self._kv_usage.set(stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0)
+        self._preemptions.inc(stats.num_preemptions - self._num_preemptions_seen)
+        self._num_preemptions_seen = stats.num_preemptions
+
+    def on_finished(self, reason: FinishedReason, seconds: float) -> None:
+        """A request ended, so many seconds after it came in."""
+        self._finished[reason].inc()
+        self._request.observe(seconds)
+
+    def on_ready(self, facts: EngineFacts) -> None:
+        """The engine is ready; its cache has these dimensions from now on."""
+        info = {
+            "block_size": str(facts.block_size),
+            "num_gpu_blocks": str(facts.num_blocks),  # vLLM's name, on the CPU too
+            "cache_dtype": facts.dtype,
+        }
+        gauge = Gauge("vllm:cache_config_info", "The KV cache.", [*self._labels, *info], registry=self._registry)
+        gauge.labels(**self._labels, **info).set(1)
+
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        return Gauge(name, documentation, list(self._labels), registry=self._registry).labels(**self._labels)
+
+    def _counter(self, name: str, documentation: str) -> Counter:
+        return Counter(name, documentation, list(self._labels), registry=self._registry).labels(**self._labels)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, documentation, list(self._labels), buckets=buckets, registry=self._registry).labels(
+            **self._labels
+        )

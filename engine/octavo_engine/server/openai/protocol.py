@@ -1,0 +1,221 @@
+"""The bodies of OpenAI's requests. Every field works, is accepted where it asks for nothing, or is refused by name.
+
+Field names and meanings: OpenAI's API reference; top_k, min_p, stop_token_ids and ignore_eos are vLLM's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from octavo_engine.errors import RequestInvalid
+from octavo_engine.plan import SamplingParams
+
+_COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's and vLLM's default for /v1/completions
+
+_MAX_STOP_STRINGS: Final = 4  # OpenAI's limit
+
+
+def _only(*values: object) -> Callable[[object], bool]:
+    """Accept exactly these values, where False is not 0."""
+    return lambda value: any(
+        value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values
+    )
+
+
+def _any(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+# Fields that SDKs and frameworks send, at the values at which they ask for nothing. null always asks for nothing.
+NEUTRAL_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
+    "audio": _only(),
+    "best_of": _only(1),
+    "echo": _only(False),
+    "frequency_penalty": _only(0),
+    "function_call": _only("none", "auto"),
+    "functions": _only([]),
+    "logit_bias": _only({}),
+    "logprobs": _only(False),
+    "metadata": _any(dict),
+    "min_tokens": _only(0),
+    "modalities": _only(["text"]),
+    "n": _only(1),
+    "parallel_tool_calls": _any(bool),
+    "prediction": _only(),
+    "presence_penalty": _only(0),
+    "prompt_cache_key": _any(str),
+    "prompt_cache_retention": _any(str),
+    "reasoning_effort": _only("none"),
+    "repetition_penalty": _only(1),
+    "response_format": _only({"type": "text"}),
+    "safety_identifier": _any(str),
+    "service_tier": _only("auto", "default"),
+    "skip_special_tokens": _only(True),
+    "store": _only(False),
+    "suffix": _only(""),
+    "tool_choice": _only("none", "auto"),
+    "tools": _only([]),
+    "top_logprobs": _only(0),
+    "user": _any(str),
+    "verbosity": _only("medium"),
+    "web_search_options": _only(),
+}
+
+# The same for the messages that clients send back as history.
+NEUTRAL_MESSAGE_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
+    "annotations": _only([]),
+    "audio": _only(),
+    "function_call": _only(),
+    "refusal": _only(),
+    "tool_calls": _only([]),
+}
+
+
+def _without_neutral(body: object, neutral: Mapping[str, Callable[[object], bool]]) -> object:
+    if not isinstance(body, dict):
+        return body
+    for name in body.keys() & neutral.keys():
+        if body[name] is not None and not neutral[name](body[name]):
+            raise RequestInvalid(f"{name} is not supported by this server with the value given", param=name)
+    return {name: value for name, value in body.items() if name not in neutral}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _joined_text(content: object) -> object:
+    """A list of text parts stands for its lines (vLLM's rule)."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            shown = f"of type {str(kind)[:50]!r}" if kind is not None else "without a type"
+            raise RequestInvalid(f"a content part {shown} is not supported, only 'text' is", param=f"[{index}]")
+        text = part.get("text")
+        if not isinstance(text, str) or part.keys() - {"type", "text"}:
+            raise RequestInvalid("a text part has exactly the fields type and text, a string", param=f"[{index}]")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+class ChatMessage(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined_text)]
+    name: str | None = None  # for templates that show it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return _without_neutral(body, NEUTRAL_MESSAGE_FIELDS)
+
+    def for_template(self) -> dict[str, str]:
+        """Return the message as templates know it, where `developer` is called `system`."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content} | ({"name": self.name} if self.name is not None else {})
+
+
+class StreamOptions(_Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+def _as_list(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class _GenerationBody(_Strict):
+    """What both endpoints have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None  # 0 and -1: all
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        BeforeValidator(_as_list),
+        Field(max_length=_MAX_STOP_STRINGS),
+    ] = None
+    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
+    ignore_eos: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return _without_neutral(body, NEUTRAL_FIELDS)
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise RequestInvalid("stream_options needs stream: true", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """Return how the engine chooses tokens."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+class ChatCompletionRequest(_GenerationBody):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestInvalid(
+                "max_tokens and max_completion_tokens differ; give max_completion_tokens only", param="max_tokens"
+            )
+        return self
+
+
+def _only_prompt(prompt: object) -> object:
+    """A list of one prompt is that prompt: frameworks send it so."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            raise RequestInvalid("a list of prompts is not supported; send one request for each")
+        return prompt[0]
+    return prompt
+
+
+def _is_prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt):
+        return prompt
+    raise RequestInvalid("prompt must be a string or a list of token ids")
+
+
+class CompletionRequest(_GenerationBody):
+    """The body of POST /v1/completions."""
+
+    prompt: Annotated[Any, AfterValidator(_is_prompt), BeforeValidator(_only_prompt)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = _COMPLETION_MAX_TOKENS

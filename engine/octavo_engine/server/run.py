@@ -1,0 +1,107 @@
+"""The API process from its start to its end: uvicorn, signals, draining. Called by the command line.
+
+The socket listens before anything is loaded, so that /ready can tell what is awaited, and until the last running
+request has ended, so that clients get a 503 with Retry-After and no refused connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING, Final
+
+import uvicorn
+
+from octavo_engine.errors import ConfigError, EngineDead
+from octavo_engine.server.app import create_app
+from octavo_engine.server.service import Service
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from octavo_engine.config import ServerConfig
+    from octavo_engine.store.local import Location
+    from octavo_engine.store.pull import Hub
+
+_BACKLOG: Final = 2048
+_KEEP_ALIVE_SECONDS: Final = 75  # longer than proxies and clients keep idle connections: they close them, not we
+_TELL_SECONDS: Final = 3.0  # how long /health tells of a dead engine before this process ends too
+
+_log = logging.getLogger(__name__)
+
+
+def serve(config: ServerConfig, location: Location, hub: Hub) -> None:
+    """Serve until a signal comes, then drain.
+
+    Raises:
+        UserError: the model cannot be served, or the address cannot be listened on.
+        EngineDead: the engine process ended by itself.
+    """
+    with _listen(config.host, config.port) as sock:
+        asyncio.run(_serve(config, location, hub, sock))
+
+
+async def _serve(config: ServerConfig, location: Location, hub: Hub, sock: socket.socket) -> None:
+    service = Service(config, location, hub)
+    server = _Server(service)
+    _log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+    listening = asyncio.create_task(server.serve(sockets=[sock]))
+    working = asyncio.create_task(service.run())
+    try:
+        await asyncio.wait((listening, working), return_when=asyncio.FIRST_COMPLETED)
+        if working.done() and not service.draining:
+            if isinstance(working.exception(), EngineDead):
+                await asyncio.sleep(_TELL_SECONDS)
+            server.should_exit = True
+            await listening
+            working.result()
+        await listening
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        await service.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which on its own would close the socket at the first signal."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                log_config=None,
+                access_log=False,  # service.py logs each generation; probes are not worth a line
+                lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            )
+        )
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
+        """Drain at the first signal, end at the second. Runs as a signal handler in the main thread."""
+        self._loop.call_soon_threadsafe(self._on_signal, sig)
+
+    def _on_signal(self, sig: int) -> None:
+        _log.info("got %s", signal.Signals(sig).name)
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            os._exit(128 + sig)
+
+    async def _drain(self) -> None:
+        await self._service.drain()
+        self.should_exit = True
+        await self._service.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}") from error
