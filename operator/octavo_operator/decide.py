@@ -33,11 +33,6 @@ class Plan:
     leaving: tuple[Child, ...] = ()  # objects that will be gone soon, and then made anew
     requeue_after: float | None = None  # seconds; None: what is waited for comes as an event
 
-    @property
-    def writes(self) -> int:
-        """How many requests this is."""
-        return len(self.delete) + len(self.hand_over) + len(self.apply)
-
 
 def decide(uid: str, desired: Iterable[Json], observed: Observed) -> Plan:
     """Plan the writes.

@@ -112,6 +112,14 @@ class Kube:
         """
         return await self._request("GET", resource.path(namespace, name))
 
+    async def is_served(self, resource: Resource) -> bool:
+        """Whether the API server knows the kind."""
+        try:
+            group = await self._request("GET", Resource(resource.api_version, resource.kind, "").path())
+        except NotFound:
+            return False
+        return any(served["name"] == resource.plural for served in group["resources"])
+
     async def pages(self, resource: Resource, namespace: str | None, selector: str) -> AsyncIterator[Json]:
         """List the objects that the label selector matches, some hundred at a time, all as of one moment."""
         query = {"labelSelector": selector, "limit": str(LIST_PAGE)}

@@ -14,6 +14,7 @@ broken service would be a stream of writes.
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Final
 
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
@@ -23,6 +24,8 @@ from octavo_operator.diagnosis import MESSAGE_LIMIT, Cause, Finding, diagnose, m
 from octavo_operator.errors import ApiError, Forbidden
 from octavo_operator.kube import DEPLOYMENT, Json
 from octavo_operator.observe import Child, Observed, Pod
+
+CONDITION_TYPES: Final = ("Ready", "Available", "Progressing")
 
 
 def build(
@@ -89,6 +92,12 @@ def build_invalid(
     return {**previous, **counted, "observedGeneration": generation, "conditions": conditions}
 
 
+def ours(stored: Json) -> Json:
+    """The stored status without conditions that others have put there."""
+    conditions = [each for each in stored.get("conditions", ()) if each["type"] in CONDITION_TYPES]
+    return {**stored, "conditions": conditions}
+
+
 def condition(status: Json, type_: str) -> Json:
     """A condition of a status, or nothing."""
     found: Json = next((each for each in status.get("conditions", ()) if each["type"] == type_), {})
@@ -99,13 +108,11 @@ def _conditions(
     previous: Json, generation: int, finding: Finding, *, message: str, serving: str | None, now: datetime
 ) -> list[Json]:
     stuck = finding.ready == "False" and finding.cause is not Cause.SUSPENDED
-    told = {
-        "Ready": (finding.ready, finding.reason, message),
-        "Available": ("True", "PodsReady", serving)
-        if serving
-        else ("False", finding.reason, "no pod serves the model"),
-        "Progressing": ("False" if stuck else "True", finding.reason, message),
-    }
+    told = (
+        (finding.ready, finding.reason, message),
+        ("True", "PodsReady", serving) if serving else ("False", finding.reason, "no pod serves the model"),
+        ("False" if stuck else "True", finding.reason, message),
+    )
     time = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return [
         {
@@ -116,7 +123,7 @@ def _conditions(
             "observedGeneration": generation,
             "lastTransitionTime": before["lastTransitionTime"] if before.get("status") == status else time,
         }
-        for type_, (status, reason, text) in told.items()
+        for type_, (status, reason, text) in zip(CONDITION_TYPES, told, strict=True)
         for before in [condition(previous, type_)]
     ]
 

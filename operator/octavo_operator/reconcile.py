@@ -1,0 +1,239 @@
+"""One InferenceService, brought from what it is to what it should be: observe, decide, apply, tell.
+
+The only module with control flow over I/O. The workers of `Reconciler.run` take keys from the queue; why a key is there
+does not matter: every pass looks at everything, so that a lost event costs nothing but time.
+
+The InferenceService itself is read from the API server on each pass, not from a cache: its spec and status are never
+stale, a deleted one is never acted on, and the operator keeps none in memory. Its children and pods come from caches,
+which learn of our own writes at once.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from octavo_operator import events, metrics, names, status
+from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.cache import Cache, Key
+from octavo_operator.cli import explain
+from octavo_operator.decide import REPLICAS_MANAGER, Plan, decide
+from octavo_operator.desired import children
+from octavo_operator.errors import ApiError, Forbidden, NotFound, OperatorError, Refused, SpecInvalid
+from octavo_operator.kube import CHILDREN, INFERENCE_SERVICE, POD, Json, Kube
+from octavo_operator.observe import Child, Observed, Pod
+from octavo_operator.queue import WorkQueue
+from octavo_operator.settings import Settings
+
+WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server
+FAULT_DELAYS: Final = (1.0, 300.0)  # seconds; the first and the longest wait after a fault of our own
+
+_logger = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """The queue, the caches and the workers of one operator process."""
+
+    def __init__(self, kube: Kube, settings: Settings) -> None:
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self._kube = kube
+        self._settings = settings
+        namespaces: Sequence[str | None] = settings.namespaces or (None,)
+        self._children: dict[tuple[str, str | None], Cache[Child]] = {
+            (resource.kind, namespace): Cache(
+                kube, resource, namespace, project=partial(Child.from_json, resource.kind), on_change=self.queue.add
+            )
+            for namespace in namespaces
+            for resource in CHILDREN.values()
+        }
+        self._pods = {
+            namespace: Cache(kube, POD, namespace, project=Pod.from_json, on_change=self.queue.add)
+            for namespace in namespaces
+        }
+        metrics.QUEUE_DEPTH.set_function(lambda: len(self.queue))
+        for cache in self._caches:
+            labels = {"kind": cache.resource.kind, "namespace": cache.namespace or ""}
+            metrics.WATCH_AGE_SECONDS.labels(**labels).set_function(partial(getattr, cache, "age"))
+
+    @property
+    def _caches(self) -> list[Cache[Any]]:
+        return [*self._children.values(), *self._pods.values()]
+
+    @property
+    def troubles(self) -> list[str]:
+        """Why the process should be restarted; empty while all is well."""
+        return [trouble for cache in self._caches if (trouble := cache.trouble) is not None]
+
+    async def run(self) -> None:
+        """Watch and reconcile until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for cache in self._caches:
+                tasks.create_task(cache.run(), name=f"watch {cache.resource.plural} in {cache.namespace or 'all'}")
+            for cache in self._caches:
+                await cache.synced.wait()  # before that, what exists already would be taken for missing
+            _logger.info("Caches are filled: %d objects. Starting to reconcile.", sum(map(len, self._caches)))
+            for number in range(WORKERS):
+                tasks.create_task(self._work(), name=f"reconcile worker {number}")
+
+    async def _work(self) -> None:
+        while True:
+            key = await self.queue.get()
+            started = time.monotonic()
+            try:
+                result = await self._reconcile_and_requeue(key)
+            finally:
+                self.queue.done(key)
+            metrics.RECONCILES.labels(result=result).inc()
+            metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
+
+    async def _reconcile_and_requeue(self, key: Key) -> str:
+        """Reconcile, see to it that the key comes again if need be, and return the result in one word."""
+        try:
+            requeue_after = await self.reconcile(key)
+        except OperatorError as error:
+            return self._retry(key, error)
+        except Exception:
+            _logger.exception("%s: a fault of the operator; please report it", key)
+            self.queue.failed(key, first_delay=FAULT_DELAYS[0], max_delay=FAULT_DELAYS[1])
+            return "fault"
+        self.queue.succeeded(key)
+        if requeue_after is not None:
+            self.queue.add(key, requeue_after)
+        return "ok"
+
+    def _retry(self, key: Key, error: OperatorError) -> str:
+        if error.first_delay is None:
+            _logger.warning("%s: %s", key, error)
+            self.queue.succeeded(key)
+            return "invalid"
+        asked = error.retry_after or 0.0 if isinstance(error, ApiError) else 0.0
+        delay = self.queue.failed(key, first_delay=max(error.first_delay, asked), max_delay=max(error.max_delay, asked))
+        _logger.warning("%s: %s; again in %.1f s", key, error, delay)
+        return "error"
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Make one pass over one InferenceService; return after how many seconds to come again, if it must.
+
+        Raises:
+            SpecInvalid: What is stored cannot be acted on; the status says so.
+            ApiError: The pass could not be finished; the status says so if waiting alone will not help.
+        """
+        try:
+            body = await self._kube.get(INFERENCE_SERVICE, key.namespace, key.name)
+        except NotFound:
+            return None  # its children go by their owner references
+        if "deletionTimestamp" in body["metadata"]:
+            return None
+        try:
+            service = _parse(body)
+        except SpecInvalid as error:
+            await self._tell_invalid(key, body, str(error))
+            raise
+        return await self._reconcile_valid(key, body, service)
+
+    async def _reconcile_valid(self, key: Key, body: Json, service: InferenceService) -> float | None:
+        engine_image = self._settings.engine_image
+        desired = children(service, engine_image=engine_image)
+        plan = decide(body["metadata"]["uid"], desired, await self._observe(key, desired))
+        created, failure = await self._apply(plan)
+        previous = body.get("status", {})
+        told = status.build(
+            service,
+            previous=previous,
+            observed=self._cached(key),
+            plan=plan,
+            engine_image=engine_image,
+            failure=failure,
+            now=datetime.now(UTC),
+        )
+        await self._tell(body, previous, told, events.of_plan(plan, created))
+        if failure is not None:
+            raise failure
+        return plan.requeue_after
+
+    async def _observe(self, key: Key, desired: Sequence[Json]) -> Observed:
+        """Collect what there is, also what has the name of a child but not our label."""
+        observed = self._cached(key)
+        found = dict(observed.children)
+        for manifest in desired:
+            identity = manifest["kind"], manifest["metadata"]["name"]
+            if identity not in found:
+                resource = CHILDREN[manifest["kind"]]
+                try:
+                    body = await self._kube.get(resource, key.namespace, manifest["metadata"]["name"])
+                except NotFound:
+                    continue
+                found[identity] = Child.from_json(resource.kind, body)
+        return replace(observed, children=found)
+
+    def _cached(self, key: Key) -> Observed:
+        scope = key.namespace if self._settings.namespaces else None
+        found = [child for kind in CHILDREN for child in self._children[kind, scope].of(key)]
+        pods = sorted(self._pods[scope].of(key), key=lambda pod: pod.name)
+        return Observed(children={(child.kind, child.name): child for child in found}, pods=tuple(pods))
+
+    async def _apply(self, plan: Plan) -> tuple[list[Json], ApiError | None]:
+        """Carry the plan out as far as the server lets us; return what was created, and the first refusal.
+
+        A refusal needs a human, and the status is where humans look; any other error ends the pass.
+        """
+        created: list[Json] = []
+        failure: ApiError | None = None
+        for child in plan.delete:
+            await self._kube.delete(CHILDREN[child.kind], child.service.namespace, child.name, uid=child.uid)
+        for manifest in plan.hand_over:
+            self._learn(await self._kube.apply(manifest, manager=REPLICAS_MANAGER))
+        for manifest in plan.apply:
+            exists = "uid" in manifest["metadata"]
+            try:
+                # A new one unforced: an object of its name that somebody makes in this moment is not taken from them.
+                self._learn(await self._kube.apply(manifest, force=exists))
+            except (Forbidden, Refused) as error:
+                failure = failure or error
+            else:
+                if not exists:
+                    created.append(manifest)
+        return created, failure
+
+    def _learn(self, body: Json) -> None:
+        scope = body["metadata"]["namespace"] if self._settings.namespaces else None
+        self._children[body["kind"], scope].put(body)
+
+    async def _tell_invalid(self, key: Key, body: Json, problem: str) -> None:
+        previous = body.get("status", {})
+        told = status.build_invalid(
+            key.name,
+            body["metadata"].get("generation", 0),
+            problem,
+            previous=previous,
+            observed=self._cached(key),
+            now=datetime.now(UTC),
+        )
+        await self._tell(body, previous, told, [])
+
+    async def _tell(self, body: Json, previous: Json, told: Json, happened: list[events.Event]) -> None:
+        """Write the status if it differs, and post what happened."""
+        if told != status.ours(previous):
+            identity = {field: body["metadata"][field] for field in ("name", "namespace", "uid")}
+            await self._kube.apply_status(
+                {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": identity, "status": told}
+            )
+        await events.post(self._kube, body, [*happened, *events.of_transition(previous, told)])
+
+
+def _parse(body: Json) -> InferenceService:
+    """Read a stored object, leniently: what a newer CRD knows beyond ours is passed over.
+
+    Raises:
+        SpecInvalid: With one line for each field that is wrong.
+    """
+    try:
+        return InferenceService.model_validate({key: value for key, value in body.items() if key != "status"})
+    except ValidationError as error:
+        raise SpecInvalid("; ".join(explain(error))) from error
