@@ -1,0 +1,1 @@
+"""The parts that model architectures are made of. Each takes its tensors from a WeightLoader as it is built."""

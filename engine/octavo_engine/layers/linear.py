@@ -1,0 +1,48 @@
+"""Matrix products with weights that are packed once for the kernel that will run them.
+
+Used by models/. A layer that is split over ranks later takes its slice where it asks the loader for its matrices, so
+that the models need not change.
+
+On a CPU with oneDNN the weight is packed ("reordered") when the layer is built. Besides the speed, that kernel computes
+a row the same way however many rows there are: a request's float32 result does not depend on the batch it is in. (MKL,
+which `F.linear` would call, takes another path for fewer than four rows.) Elsewhere it is `F.linear`.
+
+Shapes: T tokens, I features in, O features out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - everyone's name for it
+
+# torch has no public name for oneDNN's packed weights; these are what its own compiler emits.
+_pack = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001 - see above
+_packed_linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - see above
+_packs_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported  # noqa: SLF001 - see above
+
+# How many rows the packing should suit. With one row oneDNN would choose a matrix-vector layout, slower for all others.
+_PACKED_FOR_ROWS = 32
+
+
+class Linear:
+    """y = x W^T, without bias."""
+
+    def __init__(self, *weights: torch.Tensor) -> None:
+        """Take one matrix, or several [O_i, I] that read the same input and are multiplied as one [sum O_i, I]."""
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._packed = _can_pack(weight)
+        self._weight = _pack(weight, _PACKED_FOR_ROWS) if self._packed else weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, I] -> [T, O]."""
+        if self._packed:
+            y: torch.Tensor = _packed_linear(x, self._weight, None, "none", [], "")
+            return y
+        return F.linear(x, self._weight)
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN is here and multiplies this type."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call] # torch
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and bool(_packs_bfloat16()))

@@ -1,0 +1,1 @@
+"""Model architectures: their hyperparameters (config.py, no torch) and their forward passes over shared layers."""

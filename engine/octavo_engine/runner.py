@@ -1,0 +1,142 @@
+"""The model on its device: loads it, computes a step's tokens, samples. Called by the engine loop (core.py).
+
+It joins the parts (weights, model, attention backend, sampler) and keeps no state of any request: all that it must know
+comes with each plan. It knows nothing of scheduling or text.
+
+Shapes: S rows to get logits for, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from octavo_engine import device as devices
+from octavo_engine import resources, sampler, sizing
+from octavo_engine.attention.base import CacheShape
+from octavo_engine.attention.reference import ReferenceAttention
+from octavo_engine.batch import build_step
+from octavo_engine.errors import ConfigError
+from octavo_engine.messages import EngineFacts
+from octavo_engine.models.config import read_config
+from octavo_engine.models.registry import MODELS
+from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan, StepResult
+from octavo_engine.weights.gguf import read_header
+from octavo_engine.weights.loader import WeightLoader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from octavo_engine.attention.base import AttentionBackend
+    from octavo_engine.config import EngineConfig
+    from octavo_engine.models.config import ModelConfig
+    from octavo_engine.models.llama import LlamaModel
+    from octavo_engine.sizing import MemoryPlan
+
+
+class ModelRunner:
+    """Computes StepPlans. The KV cache inside is addressed by the plans' block ids alone."""
+
+    def __init__(
+        self, model: LlamaModel, attention: AttentionBackend, *, block_size: int, device: torch.device, seed: int
+    ) -> None:
+        """Take a loaded model and the attention backend that it was built with."""
+        self._model = model
+        self._attention = attention
+        self._block_size = block_size
+        self._device = device
+        self._seed = seed
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute every token of the plan and sample for each request with needs_token set."""
+        asking = [request for request in plan.requests if request.needs_token]
+        draws = [sampler.draw_for(request, self._seed) for request in asking]
+        with torch.inference_mode():
+            logits = self.forward(plan)
+            results = sampler.sample(logits, draws) if asking else []
+        return StepResult(plan.step, {request.request_id: row for request, row in zip(asking, results, strict=True)})
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
+        """Compute every token of the plan, without sampling.
+
+        Returns:
+            Logits [S, V] in the compute dtype, after the last token of each request with needs_token set, or after
+            every token of the plan.
+        """
+        step = build_step(plan, block_size=self._block_size, device=self._device)
+        self._attention.begin_step(step.attention)
+        rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.last_rows
+        return self._model.forward(step.input_ids, step.positions, rows)
+
+
+def load_runner(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> LoadedModel:
+    """Check that the model can run here, load it and compute a first step.
+
+    Args:
+        config: the options.
+        on_progress: called with (phase, bytes done, bytes in all) while it loads.
+
+    Raises:
+        UserError: the model, the device or an option cannot work; before any weight is read, except where a tensor
+            contradicts the metadata.
+    """
+    if config.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {config.tensor_parallel_size}: the model runs on one device in this version; use 1"
+        )
+    header = read_header(config.model)
+    model_config = read_config(header)
+    device = devices.choose_device(config.device)
+    dtype = devices.choose_dtype(config.dtype, device)
+    plan = sizing.plan_memory(
+        model_config,
+        config,
+        num_parameters=header.num_parameters,
+        dtype=devices.dtype_name(dtype),
+        device=device.type,
+        available_bytes=devices.available_memory(device),
+    )
+    torch.set_num_threads(resources.num_threads())
+    attention = ReferenceAttention(_cache_shape(model_config, plan), dtype=dtype, device=device)
+    with WeightLoader(
+        header, device=device, dtype=dtype, on_progress=lambda done, total: on_progress("Loading", done, total)
+    ) as weights:
+        model = MODELS[model_config.architecture](model_config, weights, attention, num_positions=plan.max_model_len)
+        weights.check_all_read()
+    runner = ModelRunner(model, attention, block_size=plan.block_size, device=device, seed=config.seed)
+    on_progress("Warmup", 0, 1)
+    _warm_up(runner, config, plan)
+    on_progress("Warmup", 1, 1)
+    facts = EngineFacts(
+        max_model_len=plan.max_model_len,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        dtype=devices.dtype_name(dtype),
+        device=device.type,
+        num_parameters=header.num_parameters,
+    )
+    return LoadedModel(runner, facts, model_config.eos_token_ids)
+
+
+def _cache_shape(model: ModelConfig, plan: MemoryPlan) -> CacheShape:
+    return CacheShape(
+        num_layers=model.num_layers,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+    )
+
+
+def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> None:
+    """Compute one prefill and one decode, so that kernels are built and memory is touched before the first request."""
+    num_tokens = min(config.max_num_batched_tokens, plan.max_model_len - 1)
+    num_blocks = -(-(num_tokens + 1) // plan.block_size)
+    blocks = tuple(range(num_blocks))
+    sampling = SamplingParams(max_tokens=1)
+    prefill = ScheduledRequest("warm-up", (0,) * num_tokens, 0, blocks, needs_token=True, sampling=sampling)
+    decode = ScheduledRequest("warm-up", (0,), num_tokens, blocks, needs_token=True, sampling=sampling)
+    for request in (prefill, decode):
+        runner.execute(StepPlan(0, (request,)))
