@@ -1,7 +1,7 @@
 """Every error that the operator raises on purpose, in one tree. How it is retried is written in the class.
 
     OperatorError
-    |-- SpecInvalid (ValueError)     the InferenceService cannot be acted on; waits for the object to change
+    |-- SpecInvalid (ValueError)     an InferenceService cannot be acted on; waits for the object to change
     `-- ApiError                     the API server did not do what it was asked
         |-- ApiUnavailable           no answer, 429 or 5xx: soon again
         |-- Conflict                 409: someone else wrote first; read anew and go on
@@ -23,7 +23,7 @@ class OperatorError(Exception):
 
 
 class SpecInvalid(OperatorError, ValueError):
-    """The InferenceService cannot be acted on; the message names each field and what to change."""
+    """An InferenceService, or a file that should hold one, cannot be acted on; the message names what to change."""
 
     first_delay = None
 

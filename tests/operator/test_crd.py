@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 from octavo_operator.api import crd
-from octavo_operator.api.base import Model
+from octavo_operator.api.base import Model, Rule
 
 ROOT: Final = Path(__file__).parents[2]
 
@@ -30,6 +30,22 @@ class Plain(Model):
     absent: Part | None = None
     constant: Literal["only"] = "only"
     free: dict[str, Any] | None = None
+
+
+class Inner(Model):
+    """A type with a rule."""
+
+    rules = (Rule(cel="inner", holds=lambda _: True, message="of the type"),)
+
+
+OUTER: Final = Rule(cel="outer", holds=lambda _: True, message="of the field")
+
+
+class Ruled(Model):
+    """Fields of that type with a rule of their own."""
+
+    must: Annotated[Inner, OUTER]
+    may: Annotated[Inner, OUTER] | None = None
 
 
 class Recursive(Model):
@@ -66,6 +82,12 @@ class UnboundedMap(Model):
     """A map of any size."""
 
     pairs: dict[str, int]
+
+
+class OtherDefault(Model):
+    """A default that nobody sees who sets another field of the part."""
+
+    part: Part = Part(word="no")
 
 
 class ListOfParts(Model):
@@ -175,12 +197,18 @@ def test_what_pydantic_emits_is_rewritten() -> None:
     }
 
 
+def test_the_rules_of_a_field_join_those_of_its_type() -> None:
+    for ruled in crd.structural(Ruled.model_json_schema())["properties"].values():
+        assert [rule["rule"] for rule in ruled["x-kubernetes-validations"]] == ["inner", "outer"]
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
         (Recursive, ".inner: Recursive contains itself"),
         (Union, ".value: a union of types"),
         (Exclusive, ".value: no structural equivalent is known for exclusiveMinimum"),
+        (OtherDefault, ".part: its default must be made of the defaults within"),
         (UnboundedText, ".text: must be bounded by maxLength or enum"),
         (UnboundedList, ".numbers: must be bounded by maxItems"),
         (UnboundedMap, ".pairs: must be bounded by maxProperties"),

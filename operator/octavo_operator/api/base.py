@@ -2,7 +2,7 @@
 
 Used by v1alpha1.py (and by later versions). A rule is written once, as data beside the field or model it belongs to:
 crd.py takes its CEL for the API server, pydantic runs its predicate everywhere else (`kubectl octavo render`, the
-operator's own reading). One table of samples holds both to the same verdict (tests/operator/samples.py).
+operator's own reading). One table of samples holds both to the same verdict (tests/operator/test_samples.py).
 
 Knows nothing of Kubernetes objects or of what the fields mean.
 """
@@ -114,8 +114,8 @@ class Model(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-# A sequence as YAML gives it (a list), kept as a tuple.
-Sequence = Annotated[tuple[T, ...], Strict(strict=False)]
+# A list in YAML, a tuple here.
+ListOf = Annotated[tuple[T, ...], Strict(strict=False)]
 
 _DNS_LABEL: Final = "[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 DNS_SUBDOMAIN: Final = rf"{_DNS_LABEL}(?:[.]{_DNS_LABEL})*"
@@ -138,7 +138,7 @@ LabelValue = Annotated[
 LabelKey = Annotated[
     str,
     Field(max_length=317),
-    matches(_LABEL_KEY, "must be a label key such as team or example.com/team"),
+    matches(_LABEL_KEY, "must have the form of a label key, such as team or example.com/team"),
 ]
 
 

@@ -97,41 +97,54 @@ class _Converter:
             schema["description"] = " ".join(schema["description"].split())
         if CEL_KEYWORD in schema:  # pydantic sorts what it does not know; the rule reads better first
             schema[CEL_KEYWORD] = [{"rule": rule["rule"], "message": rule["message"]} for rule in schema[CEL_KEYWORD]]
-        _settle_default(schema)
+        _settle_default(schema, path)
         _settle_list(schema, path)
         _require_bound(schema, path)
         return {keyword: schema[keyword] for keyword in _KEYWORDS if keyword in schema}
 
     def _inline(self, schema: Schema, path: str, seen: tuple[str, ...]) -> tuple[Schema, tuple[str, ...]]:
-        """Replace `$ref` and the `anyOf` of an optional field by what they stand for; a keyword beside them wins."""
+        """Replace `$ref` and the `anyOf` of an optional field by what they stand for."""
         schema = dict(schema)
         if "anyOf" in schema:
             variants = [variant for variant in schema.pop("anyOf") if variant != {"type": "null"}]
             if len(variants) != 1:
                 raise SchemaError(f"{path}: a union of types has no structural equivalent")
-            schema = {**variants[0], **schema}
+            schema = _beside(variants[0], schema)
         if "$ref" in schema:
             name = schema.pop("$ref").removeprefix("#/$defs/")
             if name in seen:
                 raise SchemaError(f"{path}: {name} contains itself; a structural schema cannot")
-            return self._inline({**self._definitions[name], **schema}, path, (*seen, name))
+            return self._inline(_beside(self._definitions[name], schema), path, (*seen, name))
         return schema, seen
 
 
-def _settle_default(schema: Schema) -> None:
-    """Keep a default only where it says something, so that stored objects carry no empty parts.
+def _beside(target: Schema, schema: Schema) -> Schema:
+    """What a reference stands for together with the keywords beside it: those win, but rules add up."""
+    merged = {**target, **schema}
+    if rules := [*target.get(CEL_KEYWORD, []), *schema.get(CEL_KEYWORD, [])]:
+        merged[CEL_KEYWORD] = rules
+    return merged
 
-    An object's default is made of those within, because the API server checks a default as it stands.
-    """
+
+def _settle_default(schema: Schema, path: str) -> None:
+    """Keep a default only where it says something, so that stored objects carry no empty parts."""
     if "default" not in schema:
         return
-    default = schema.pop("default")
-    if default is None:
-        return
+    default = _without_nothing(schema.pop("default"))
     if "properties" in schema:
-        default = {name: child["default"] for name, child in schema["properties"].items() if "default" in child}
-    if default not in ({}, []):
+        parts = {name: child["default"] for name, child in schema["properties"].items() if "default" in child}
+        if default not in (None, parts):
+            raise SchemaError(f"{path}: its default must be made of the defaults within")
+    if default not in (None, {}, []):
         schema["default"] = default
+
+
+def _without_nothing(value: Any) -> Any:
+    """A default without the parts of it that are null or empty."""
+    if not isinstance(value, dict):
+        return value
+    parts = {name: _without_nothing(part) for name, part in value.items()}
+    return {name: part for name, part in parts.items() if part not in (None, {}, [])}
 
 
 def _settle_list(schema: Schema, path: str) -> None:

@@ -13,11 +13,11 @@ from octavo_operator.api.base import (
     VALID_KEYS,
     LabelKey,
     LabelValue,
+    ListOf,
     Model,
     ObjectName,
     Quantity,
     Rule,
-    Sequence,
     cel_list,
     quantity_value,
 )
@@ -117,7 +117,7 @@ class PodSettings(Model):
         default={}, description="Labels that a node must have."
     )
     tolerations: Annotated[
-        Sequence[Toleration], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+        ListOf[Toleration], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
     ] = Field(
         default=(),
         description="Taints that the pods tolerate. For GPUs the usual one, nvidia.com/gpu, is always there.",
@@ -136,7 +136,7 @@ class PodSettings(Model):
         default={}, description="Annotations for the pods."
     )
     image_pull_secrets: Annotated[
-        Sequence[ImagePullSecret],
+        ListOf[ImagePullSecret],
         Field(
             max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
         ),

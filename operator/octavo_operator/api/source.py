@@ -15,11 +15,13 @@ from typing import Final
 from octavo_operator.api.base import DNS_SUBDOMAIN, Rule, matches
 
 _SCHEMES: Final = ("pvc://", "hf://", "https://")
+_DOT_SEGMENT: Final = "[/:][.][.]?(?:/|$)"
 _PATH: Final = "(?:[-A-Za-z0-9._+]+/)*[-A-Za-z0-9._+]+[.]gguf"
 
 _PVC: Final = f"pvc://({DNS_SUBDOMAIN})/({_PATH})"
 _HF: Final = f"hf://[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*(?:@[A-Za-z0-9][-A-Za-z0-9._/]*)?:{_PATH}"
-_HTTPS: Final = "https://[A-Za-z0-9](?:[-A-Za-z0-9.]*[A-Za-z0-9])?(?::[0-9]{1,5})?/(?:[-A-Za-z0-9._+~%]+/)*[-A-Za-z0-9._+~%]+[.]gguf"
+_HOST: Final = "[A-Za-z0-9](?:[-A-Za-z0-9.]*[A-Za-z0-9])?(?::[0-9]{1,5})?"
+_HTTPS: Final = f"https://{_HOST}/(?:[-A-Za-z0-9._+~%]+/)*[-A-Za-z0-9._+~%]+[.]gguf"
 
 
 def _of_scheme(scheme: str, pattern: str, message: str) -> Rule:
@@ -31,8 +33,6 @@ def _of_scheme(scheme: str, pattern: str, message: str) -> Rule:
         message=message,
     )
 
-
-_DOT_SEGMENT: Final = "[/:][.][.]?(?:/|$)"
 
 SOURCE_RULES: Final = (
     Rule(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, model_validator
 
 from octavo_operator import names
-from octavo_operator.api.base import LabelValue, Model, Rule, Sequence, cel_list, matches
+from octavo_operator.api.base import LabelValue, ListOf, Model, Rule, cel_list, matches
 from octavo_operator.api.pod import PodSettings, ResourcesSpec
 from octavo_operator.api.source import SOURCE_RULES
 
@@ -145,7 +145,7 @@ class EngineSpec(Model):
         default=None, description="Requests that may run at once in one replica; more wait. Default: the engine's."
     )
     extra_args: Annotated[
-        Sequence[
+        ListOf[
             Annotated[
                 str,
                 Field(max_length=256),
@@ -250,7 +250,7 @@ class InferenceServiceStatus(Model):
         default=None, ge=0, description="The metadata.generation that this status speaks of."
     )
     conditions: Annotated[
-        Sequence[Condition],
+        ListOf[Condition],
         Field(
             max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
         ),
