@@ -182,5 +182,5 @@ Quantity = Annotated[
 def quantity_value(quantity: str) -> Decimal:
     """The number that a valid Quantity stands for: cores or bytes."""
     match = _QUANTITY.fullmatch(quantity)
-    assert match is not None, quantity  # noqa: S101 - an invariant: the type Quantity has been validated
+    assert match is not None, quantity
     return Decimal(match[1]) * _FACTORS[match[2]]
