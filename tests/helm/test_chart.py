@@ -202,7 +202,7 @@ ALLOWED: Final = {
     ("autoscaling", "horizontalpodautoscalers"): OWN,
     ("", "services"): OWN,
     ("", "pods"): READ,
-    ("events.k8s.io", "events"): {"create", "patch"},
+    ("events.k8s.io", "events"): {"create"},
 }
 
 
