@@ -63,6 +63,7 @@ format: venv ## Format and fix what ruff can fix
 .PHONY: generate
 generate: venv ## Write the generated files anew (CRD, chart template, manifests/install)
 	@$(PYTHON) -m octavo_operator.api.crd
+	@PYTHONPATH=e2e $(PYTHON) manifests/generate.py
 
 .PHONY: lock
 lock: venv ## Resolve the newest versions, at least a week old, into constraints.txt
