@@ -10,9 +10,10 @@ import contextlib
 import logging
 import signal
 import subprocess
+import time
 from typing import TYPE_CHECKING, Final, Protocol
 
-from octavo_engine.errors import EngineDead, EngineRefused
+from octavo_engine.errors import EngineDead, EngineRefused, PeerGone
 from octavo_engine.messages import (
     AbortRequest,
     AddRequest,
@@ -27,7 +28,7 @@ from octavo_engine.transport import ClientChannel
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from octavo_engine.messages import FinishReason, SchedulerStats, ToEngine
     from octavo_engine.plan import SamplingParams
@@ -68,7 +69,7 @@ class _Stream:
 
     def __init__(self, request: AddRequest, now: float) -> None:
         self.request = request
-        self.last_update = now  # seconds on the loop's clock; at first, when the request was sent
+        self.last_update = now  # seconds on the client's clock; at first, when the request was sent
         self.num_tokens = 0
         self._tokens: list[int] = []
         self._finish_reason: FinishReason | None = None
@@ -111,7 +112,13 @@ class EngineClient:
         stats: the scheduler's last gauges.
     """
 
-    def __init__(self, process: EngineProcess, channel: ClientChannel, observer: EngineObserver | None) -> None:
+    def __init__(
+        self,
+        process: EngineProcess,
+        channel: ClientChannel,
+        observer: EngineObserver | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.loading = Loading(phase="Starting", done=0, total=0)
         self.facts: EngineFacts | None = None
         self.stats: SchedulerStats | None = None
@@ -120,10 +127,11 @@ class EngineClient:
         self._observer = observer
         self._streams: dict[str, _Stream] = {}
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._last_message = self._loop.time()
-        self._ready: asyncio.Future[EngineFacts] = self._loop.create_future()
-        self._death: asyncio.Future[str] = self._loop.create_future()
+        self._clock = clock  # seconds
+        self._last_message = clock()
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[EngineFacts] = loop.create_future()
+        self._death: asyncio.Future[str] = loop.create_future()
         self._last_words: Refused | None = None
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._send())]
 
@@ -157,7 +165,7 @@ class EngineClient:
         """Why the engine cannot be counted on, or None. Loading may pause for as long as the disk does."""
         if self._death.done():
             return self._death.result()
-        silence = self._loop.time() - self._last_message
+        silence = self._clock() - self._last_message
         if self.facts is not None and silence > STUCK_SECONDS:
             running = self.stats.num_running if self.stats else 0
             return (
@@ -180,7 +188,7 @@ class EngineClient:
         if self._death.done():
             raise EngineDead(self._death.result())
         request = AddRequest(request_id=request_id, prompt_token_ids=tuple(prompt_token_ids), sampling=sampling)
-        stream = self._streams[request_id] = _Stream(request, self._loop.time())
+        stream = self._streams[request_id] = _Stream(request, self._clock())
         self._outbox.put_nowait(request)
         finished = False
         try:
@@ -212,7 +220,7 @@ class EngineClient:
 
     async def _send(self) -> None:
         # A queue, so that starting and aborting never wait for an engine that has stopped reading.
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(PeerGone):
             while True:
                 await self._channel.send(await self._outbox.get())
 
@@ -220,7 +228,7 @@ class EngineClient:
         try:
             while True:
                 message = await self._channel.receive()
-                self._last_message = self._loop.time()
+                self._last_message = self._clock()
                 match message:
                     case StepOutputs():
                         self._on_step(message)
@@ -231,7 +239,7 @@ class EngineClient:
                         self._ready.set_result(message)
                     case Refused():
                         self._last_words = message
-        except EOFError:
+        except PeerGone:
             pass
         except Exception:  # noqa: BLE001 - whatever it is, this engine cannot be listened to any more
             _log.exception("the engine process sent what this process cannot read: ending it")

@@ -10,8 +10,10 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 
 import octavo_engine
+from octavo_engine.errors import NotServing
 from octavo_engine.server import envelope, health
 from octavo_engine.server.openai import routes
+from octavo_engine.server.service import RETRY_SECONDS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,5 +56,12 @@ class _EveryRequest:
                     headers["Connection"] = "close"
             await send(message)
 
+        if self._service.draining:
+            # Requests that began before are let through, whatever they have still to pass. Probes are always answered.
+            reason = self._service.readiness.reason
+            refusal = envelope.respond(NotServing(reason, retry_after=RETRY_SECONDS))
+            app = refusal if scope["method"] == "POST" else self._app
+            await app(scope, receive, send_with_headers)
+            return
         with self._service.in_flight():
             await self._app(scope, receive, send_with_headers)

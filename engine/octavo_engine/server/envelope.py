@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Return the body of an error."""
+    message, param = _printable(message), _printable(param) if param is not None else None
     kinds = {500: "server_error", 503: "service_unavailable_error"}
     kind = kinds.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -47,6 +48,13 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
             return 500, envelope(500, "the server failed to answer; its log has the cause")
 
 
+def respond(error: Exception) -> JSONResponse:
+    """Return the response for an error of this package."""
+    status, body = describe(error)
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, NotServing) else None
+    return JSONResponse(body, status, headers)
+
+
 def install(app: FastAPI) -> None:
     """Make every error of the application an envelope."""
     for kind in (RequestInvalid, NotServing, EngineDead, GenerationFailed, Exception):
@@ -56,9 +64,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_error(_request: Request, error: Exception) -> JSONResponse:
-    status, body = describe(error)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, NotServing) else None
-    return JSONResponse(body, status, headers)
+    return respond(error)
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
@@ -67,8 +73,8 @@ async def _on_validation_error(_request: Request, error: Exception) -> JSONRespo
     cause = first.get("ctx", {}).get("error")
     path = _path(first["loc"][1:])  # after "body"
     if isinstance(cause, RequestInvalid):
-        param: str | None = ".".join(filter(None, (path, cause.param)))
-        message = str(cause)
+        param: str | None = _join(path, cause.param or "")
+        message = f"{param}: {cause}"
     elif first["type"] == "json_invalid":
         param, message = None, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
     elif first["type"] == "missing":
@@ -88,6 +94,15 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         status, detail, headers = error.status_code, error.detail, error.headers
     place = f"{request.method} {request.url.path}"[:_MAX_ECHO]
     return JSONResponse(envelope(status, f"{detail[:_MAX_ECHO]}: {place}"), status, headers)
+
+
+def _printable(text: str) -> str:
+    """Return the text without the halves of characters that JSON can spell and UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
+
+
+def _join(path: str, rest: str) -> str:
+    return f"{path}{rest}" if rest.startswith("[") else ".".join(filter(None, (path, rest)))
 
 
 def _path(location: Sequence[str | int]) -> str:

@@ -40,12 +40,16 @@ def serve(config: ServerConfig, location: Location, hub: Hub) -> None:
         UserError: the model cannot be served, or the address cannot be listened on.
         EngineDead: the engine process ended by itself.
     """
-    with _listen(config.host, config.port) as sock:
+    with listen(config.host, config.port) as sock:
         asyncio.run(_serve(config, location, hub, sock))
 
 
 async def _serve(config: ServerConfig, location: Location, hub: Hub, sock: socket.socket) -> None:
-    service = Service(config, location, hub)
+    await run_service(Service(config, location, hub), sock)
+
+
+async def run_service(service: Service, sock: socket.socket) -> None:
+    """Serve on a listening socket until a signal comes, then drain. Raises as `serve` does."""
     server = _Server(service)
     _log.info("listening on http://%s:%d", *sock.getsockname()[:2])
     listening = asyncio.create_task(server.serve(sockets=[sock]))
@@ -55,14 +59,13 @@ async def _serve(config: ServerConfig, location: Location, hub: Hub, sock: socke
         if working.done() and not service.draining:
             if isinstance(working.exception(), EngineDead):
                 await asyncio.sleep(_TELL_SECONDS)
-            server.should_exit = True
-            await listening
             working.result()
         await listening
     finally:
+        server.should_exit = True
         working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
         await service.close()
+        await asyncio.gather(listening, working, return_exceptions=True)
 
 
 class _Server(uvicorn.Server):
@@ -99,7 +102,12 @@ class _Server(uvicorn.Server):
         await self._service.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        ConfigError: the address is taken or not this machine's.
+    """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)

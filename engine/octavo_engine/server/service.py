@@ -70,7 +70,7 @@ class Service:
         self._starting = Readiness("Starting", reason="the server is starting")
         self._client: EngineClient | None = None
         self._model: LanguageModel | None = None
-        self._num_in_flight = 0
+        self.num_in_flight = 0
         self._idle = asyncio.Event()
 
     async def run(self) -> None:
@@ -114,12 +114,10 @@ class Service:
     @property
     def readiness(self) -> Readiness:
         """Should new requests come here."""
+        if self.draining:
+            return Readiness("Draining", reason=f"the server is shutting down; {self.num_in_flight} requests still run")
         if problem := self.problem:
             return Readiness("Failed", reason=problem)
-        if self.draining:
-            return Readiness(
-                "Draining", reason=f"the server is shutting down; {self._num_in_flight} requests still run"
-            )
         if self._model is not None:
             return Readiness("Ready")
         if self._client is not None:
@@ -133,9 +131,8 @@ class Service:
         Raises:
             NotServing: it takes no requests now.
         """
-        readiness = self.readiness
-        if self._model is None or readiness.phase != "Ready":
-            raise NotServing(readiness.reason, retry_after=RETRY_SECONDS)
+        if self._model is None or self.problem is not None:
+            raise NotServing(self.readiness.reason, retry_after=RETRY_SECONDS)
         return self._model
 
     def model_named(self, name: str) -> LanguageModel:
@@ -154,20 +151,14 @@ class Service:
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
-        """Have the drain wait for an HTTP request, from its first byte to the last one of its response.
-
-        A request that begins after the drain is only refused, and not waited for.
-        """
-        if self.draining:
-            yield
-            return
-        self._num_in_flight += 1
+        """Have the drain wait for an HTTP request, from its first byte to the last one of its response."""
+        self.num_in_flight += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._num_in_flight -= 1
-            if not self._num_in_flight:
+            self.num_in_flight -= 1
+            if not self.num_in_flight:
                 self._idle.set()
 
     async def generate(self, model: LanguageModel, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
@@ -200,17 +191,15 @@ class Service:
         """Take no more requests and wait for those that run, up to the shutdown timeout."""
         self.draining = True
         timeout = self.config.shutdown_timeout
-        _log.info("shutting down: %d requests may take up to %g s", self._num_in_flight, timeout)
+        _log.info("shutting down: %d requests may take up to %g s", self.num_in_flight, timeout)
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
-        while self._num_in_flight and self.problem is None and clock() < deadline:
+        while self.num_in_flight and self.problem is None and clock() < deadline:
             with contextlib.suppress(TimeoutError):  # waking up is for looking at the engine and the clock
                 async with asyncio.timeout(_DRAIN_POLL_SECONDS):
                     await self._idle.wait()
-        if self._num_in_flight:
-            _log.warning(
-                "dropping %d requests: %s", self._num_in_flight, self.problem or "the shutdown timeout is over"
-            )
+        if self.num_in_flight:
+            _log.warning("dropping %d requests: %s", self.num_in_flight, self.problem or "the shutdown timeout is over")
 
     async def close(self) -> None:
         """End the engine process; requests that still run are told so."""

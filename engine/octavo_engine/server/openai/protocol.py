@@ -77,12 +77,22 @@ def _without_neutral(body: object, neutral: Mapping[str, Callable[[object], bool
         return body
     for name in body.keys() & neutral.keys():
         if body[name] is not None and not neutral[name](body[name]):
-            raise RequestInvalid(f"{name} is not supported by this server with the value given", param=name)
+            raise RequestInvalid("this server does not support the value given", param=name)
     return {name: value for name, value in body.items() if name not in neutral}
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _refuse_surrogates(text: str) -> str:
+    """JSON can spell half of a character, which no encoding of text can hold."""
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise RequestInvalid("the text has a lone surrogate, which is not a character")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_refuse_surrogates)]
 
 
 def _joined_text(content: object) -> object:
@@ -106,8 +116,8 @@ class ChatMessage(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined_text)]
-    name: str | None = None  # for templates that show it
+    content: Annotated[_Text, BeforeValidator(_joined_text)]
+    name: _Text | None = None  # for templates that show it
 
     @model_validator(mode="before")
     @classmethod
@@ -145,9 +155,8 @@ class _GenerationBody(_Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]] | None,
+        Annotated[list[Annotated[_Text, Field(min_length=1)]], Field(max_length=_MAX_STOP_STRINGS)] | None,
         BeforeValidator(_as_list),
-        Field(max_length=_MAX_STOP_STRINGS),
     ] = None
     stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
@@ -208,7 +217,7 @@ def _only_prompt(prompt: object) -> object:
 
 def _is_prompt(prompt: Any) -> str | list[int]:
     if isinstance(prompt, str):
-        return prompt
+        return _refuse_surrogates(prompt)
     if isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt):
         return prompt
     raise RequestInvalid("prompt must be a string or a list of token ids")

@@ -1,0 +1,259 @@
+"""A server over a fake model: the real engine loop and scheduler in a thread, with a runner that says what it is told.
+
+The model file is a real GGUF header with a vocabulary of single bytes, so that a text has as many tokens as bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import threading
+from typing import TYPE_CHECKING
+
+import gguf
+import httpx
+import pytest
+
+from octavo_engine import core
+from octavo_engine.config import EngineConfig, ServerConfig
+from octavo_engine.errors import ModelUnsupported
+from octavo_engine.messages import EngineFacts
+from octavo_engine.plan import LoadedModel, RequestResult, StepPlan, StepResult
+from octavo_engine.server.app import create_app
+from octavo_engine.server.run import run_service
+from octavo_engine.server.service import Service
+from octavo_engine.store.local import Location
+from octavo_engine.store.pull import Hub
+from octavo_engine.transport import EngineChannel
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from octavo_engine.core import OnProgress
+
+    Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS = 2
+FIRST_BYTE = len(CONTROL_TOKENS)  # the id of the token of byte 0
+MAX_MODEL_LEN = 400
+CHATML = (
+    "{% for message in messages %}"
+    "{% if message.content == 'RAISE' %}{{ raise_exception('no raising here') }}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokens_of(text: str | bytes) -> list[int]:
+    """The tokens of a text without control tokens."""
+    data = text.encode() if isinstance(text, str) else text
+    return [FIRST_BYTE + byte for byte in data]
+
+
+class FakeEngine:
+    """Engine processes that are threads. Attributes may be set at any time.
+
+    Attributes:
+        answer: the text that every request gets, after which comes EOS.
+        refusal: refuse to start with this message.
+        failing: requests whose prompt holds this text fail, alone.
+        loaded: the model is loaded once this is set.
+        steps: the engine steps while this is set, and is silent while it is not.
+        num_steps: how many steps have begun.
+    """
+
+    def __init__(self) -> None:
+        self.answer: str | bytes = "The answer is 42."
+        self.refusal: str | None = None
+        self.failing: str | None = None
+        self.loaded = threading.Event()
+        self.loaded.set()
+        self.steps = threading.Event()
+        self.steps.set()
+        self.num_steps = 0
+        self.processes: list[FakeProcess] = []
+
+    def spawn(self, config: EngineConfig) -> tuple[FakeProcess, socket.socket]:
+        """As transport.spawn."""
+        ours, theirs = socket.socketpair()
+        process = FakeProcess(self, config, theirs)
+        self.processes.append(process)
+        return process, ours
+
+    def load(self, _config: EngineConfig, on_progress: OnProgress) -> LoadedModel:
+        """As runner.load_runner."""
+        on_progress("Loading", 25, 100)
+        self.loaded.wait()
+        if self.refusal is not None:
+            raise ModelUnsupported(self.refusal)
+        facts = EngineFacts(
+            max_model_len=MAX_MODEL_LEN, block_size=4, num_blocks=1000, dtype="float32", device="cpu", num_parameters=1
+        )
+        return LoadedModel(runner=FakeRunner(self), facts=facts, eos_token_ids=frozenset({EOS}))
+
+    def end(self) -> None:
+        """Let every process end."""
+        self.loaded.set()
+        self.steps.set()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+class FakeRunner:
+    """Says the engine's answer, to each request from its beginning."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._prompts: dict[str, list[int]] = {}
+        self._answers: dict[str, Iterator[int]] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """As Runner.execute."""
+        self._engine.num_steps += 1
+        self._engine.steps.wait()
+        results = {}
+        for request in plan.requests:
+            prompt = self._prompts.setdefault(request.request_id, [])
+            prompt += request.token_ids
+            if not request.needs_token:
+                continue
+            failing = self._engine.failing
+            if failing is not None and bytes(max(0, i - FIRST_BYTE) for i in prompt).find(failing.encode()) >= 0:
+                results[request.request_id] = RequestResult(error="not a number")
+                continue
+            answer = self._answers.setdefault(request.request_id, iter(tokens_of(self._engine.answer)))
+            results[request.request_id] = RequestResult(token_id=next(answer, EOS))
+        return StepResult(plan.step, results)
+
+
+class FakeProcess:
+    """One engine in a thread, seen as client.EngineProcess."""
+
+    pid = 4242
+
+    def __init__(self, engine: FakeEngine, config: EngineConfig, sock: socket.socket) -> None:
+        self._socket = sock
+        self._exit_code: int | None = None
+        self._thread = threading.Thread(target=self._run, args=(engine, config), daemon=True)
+        self._thread.start()
+
+    def _run(self, engine: FakeEngine, config: EngineConfig) -> None:
+        with self._socket:
+            code = core.run_engine(EngineChannel(self._socket), config, engine.load)
+        if self._exit_code is None:
+            self._exit_code = code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As Popen.wait."""
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise subprocess.TimeoutExpired("fake engine", timeout or 0.0)
+        assert self._exit_code is not None  # a thread that ended has set it
+        return self._exit_code
+
+    def kill(self, exit_code: int = -9) -> None:
+        """As Popen.kill."""
+        if self._exit_code is None:
+            self._exit_code = exit_code
+        with contextlib.suppress(OSError):  # closed: it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    """An engine whose behaviour the test sets."""
+    fake = FakeEngine()
+    yield fake
+    fake.end()
+
+
+@pytest.fixture(scope="session")
+def fake_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF header with a vocabulary of bytes and a ChatML template."""
+    path = tmp_path_factory.mktemp("models") / "fake.gguf"
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(256)]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*CONTROL_TOKENS, *alphabet, "ĠĠ"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * len(CONTROL_TOKENS) + [gguf.TokenType.NORMAL] * 257)
+    writer.add_token_merges(["Ġ Ġ"])  # two spaces: a vocabulary without any merge cannot be written
+    writer.add_eos_token_id(EOS)
+    writer.add_chat_template(CHATML)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def shutdown_timeout() -> float:
+    """Seconds; a test may parametrize it."""
+    return 60.0
+
+
+@pytest.fixture
+def config(fake_model_path: Path, shutdown_timeout: float) -> ServerConfig:
+    """A server of the fake model under two names."""
+    engine = EngineConfig(model=fake_model_path, served_model_names=("fake", "org/fake"))
+    return ServerConfig(engine=engine, shutdown_timeout=shutdown_timeout)
+
+
+@pytest.fixture
+def service(engine: FakeEngine, config: ServerConfig) -> Service:
+    """A service over the fake engine, not yet running."""
+    location = Location(name="fake", path=config.engine.model)
+    return Service(config, location, Hub(), spawn=engine.spawn)
+
+
+@pytest.fixture
+async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the service behind a real server, which may still be loading."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        serving = asyncio.create_task(run_service(service, sock))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=30) as client:
+            yield client
+        if not serving.done():  # a test may have made it end, and told us why
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+
+
+@pytest.fixture
+async def unstarted(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application alone, which looks at bodies before it finds that there is no model yet."""
+    transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://unstarted") as client:
+        yield client
+
+
+@pytest.fixture
+async def ready(http: httpx.AsyncClient) -> httpx.AsyncClient:
+    """The same client once the model is loaded."""
+    await eventually(lambda: is_ready(http))
+    return http
+
+
+async def is_ready(http: httpx.AsyncClient) -> bool:
+    """Whether the server takes requests."""
+    return (await http.get("/ready")).status_code == 200
+
+
+@pytest.fixture(name="eventually")
+def eventually_fixture() -> Eventually:
+    """Wait until a condition holds, for at most half a minute."""
+    return eventually
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    """What the fixture gives."""
+    async with asyncio.timeout(30):
+        while not await condition():  # noqa: ASYNC110 - what is waited for is on the other side of a network
+            await asyncio.sleep(0.01)
