@@ -32,7 +32,7 @@ async def _run(settings: Settings) -> None:
         reconciler = Reconciler(kube, settings)
         prometheus_client.start_http_server(settings.metrics_port)
         async with asyncio.TaskGroup() as tasks:
-            reconciling = tasks.create_task(reconciler.run())
+            tasks.create_task(reconciler.run())
             await kopf.operator(
                 registry=handlers.registry(kube, reconciler),
                 settings=handlers.settings(),
@@ -41,12 +41,14 @@ async def _run(settings: Settings) -> None:
                 standalone=True,
                 liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz",
             )
-            reconciling.cancel()
 
 
 def _configure_logging(settings: Settings) -> None:
     kopf.configure(log_format=kopf.LogFormat.JSON if settings.log_format == "json" else kopf.LogFormat.FULL)
     logging.getLogger().setLevel(settings.log_level.upper())
+    if settings.log_level == "info":
+        for chatty in ("kopf.objects", "kopf.activities", "aiohttp.access"):  # a line for each event and each probe
+            logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from octavo_operator.kube import AUTOSCALER, DEPLOYMENT, Json
 from octavo_operator.observe import Child, Observed
 
 REPLICAS_MANAGER: Final = "octavo-replicas"  # keeps `replicas` when we let go of it, until the autoscaler takes it
-FOREIGN_CHILD_SECONDS: Final = 30.0  # nothing tells us when an object that does not carry our label goes away
+FOREIGN_CHILD_SECONDS: Final = 10.0  # nothing tells us when an object that does not carry our label goes away
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ async def post(kube: Kube, service: Json, events: Iterable[Event]) -> None:
     """Send events about an InferenceService."""
     metadata = service["metadata"]
     for event in events:
+        _logger.info("%s/%s: %s: %s", metadata["namespace"], metadata["name"], event.reason, event.note)
         body = {
             "apiVersion": EVENT.api_version,
             "kind": EVENT.kind,
@@ -78,4 +79,4 @@ async def post(kube: Kube, service: Json, events: Iterable[Event]) -> None:
         try:
             await kube.create(EVENT, metadata["namespace"], body)
         except ApiError as error:
-            _logger.warning("%s/%s: event %s not posted: %s", metadata["namespace"], metadata["name"], event, error)
+            _logger.warning("%s/%s: the event was not posted: %s", metadata["namespace"], metadata["name"], error)

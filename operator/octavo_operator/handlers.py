@@ -36,7 +36,7 @@ def registry(kube: Kube, reconciler: Reconciler) -> kopf.OperatorRegistry:
     """Register the handlers."""
     handlers = kopf.OperatorRegistry()
 
-    @kopf.on.login(registry=handlers)
+    @kopf.on.login(id="login", registry=handlers)
     async def login(**_: Any) -> kopf.ConnectionInfo:
         configuration = await load_configuration()
         kube.renew(configuration)
@@ -52,7 +52,7 @@ def registry(kube: Kube, reconciler: Reconciler) -> kopf.OperatorRegistry:
             private_key_path=configuration.key_file,
         )
 
-    @kopf.on.startup(registry=handlers)
+    @kopf.on.startup(id="wait-for-crd", registry=handlers)
     async def wait_for_crd(**_: Any) -> None:
         """Kopf looks for the kinds it serves once, at its start; it must not do so too early."""
         try:
@@ -62,11 +62,15 @@ def registry(kube: Kube, reconciler: Reconciler) -> kopf.OperatorRegistry:
         if not served:
             raise kopf.TemporaryError(f"{names.CRD_NAME} is not installed yet; waiting", delay=CRD_RETRY_SECONDS)
 
-    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=handlers)
+    @kopf.on.cleanup(id="stop", registry=handlers)
+    async def stop(**_: Any) -> None:
+        await reconciler.stop()
+
+    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, id="changed", registry=handlers)
     async def changed(namespace: str | None, name: str | None, **_: Any) -> None:
         reconciler.queue.add(Key(str(namespace), str(name)))
 
-    @kopf.on.probe(registry=handlers, errors=kopf.ErrorsMode.PERMANENT)
+    @kopf.on.probe(id="watches", registry=handlers, errors=kopf.ErrorsMode.PERMANENT)
     async def watches(**_: Any) -> str:
         if reconciler.troubles:
             raise kopf.PermanentError("; ".join(reconciler.troubles))

@@ -38,6 +38,7 @@ WRITES_PER_SECOND: Final = 100.0
 WRITE_BURST: Final = 200.0
 
 _APPLY_PATCH: Final = "application/apply-patch+yaml"
+_MERGE_PATCH: Final = "application/merge-patch+json"
 _JSON: Final = "application/json"
 
 
@@ -176,6 +177,13 @@ class Kube:
     async def apply_status(self, manifest: Json) -> Json:
         """Server-side apply the status of an object."""
         return await self._apply(manifest, manager=names.FIELD_MANAGER, force=True, subresource="status")
+
+    async def merge(self, resource: Resource, namespace: str, name: str, change: Json) -> Json:
+        """Merge a change into an object: maps member by member, lists as a whole (RFC 7386); return what is stored."""
+        await self._count_write("merge", resource)
+        query = {"fieldManager": names.FIELD_MANAGER, "fieldValidation": "Strict"}
+        path = resource.path(namespace, name)
+        return await self._request("PATCH", path, query=query, body=change, content_type=_MERGE_PATCH)
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         """Delete the object with this uid; nothing happens if it is gone already.

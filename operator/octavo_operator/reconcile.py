@@ -56,6 +56,7 @@ class Reconciler:
             namespace: Cache(kube, POD, namespace, project=Pod.from_json, on_change=self.queue.add)
             for namespace in namespaces
         }
+        self._running: asyncio.Task[None] | None = None
         metrics.QUEUE_DEPTH.set_function(lambda: len(self.queue))
         for cache in self._caches:
             labels = {"kind": cache.resource.kind, "namespace": cache.namespace or ""}
@@ -71,7 +72,8 @@ class Reconciler:
         return [trouble for cache in self._caches if (trouble := cache.trouble) is not None]
 
     async def run(self) -> None:
-        """Watch and reconcile until cancelled."""
+        """Watch and reconcile until `stop`, or until a fault that this process does not survive."""
+        self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
             for cache in self._caches:
                 tasks.create_task(cache.run(), name=f"watch {cache.resource.plural} in {cache.namespace or 'all'}")
@@ -80,6 +82,12 @@ class Reconciler:
             _logger.info("Caches are filled: %d objects. Starting to reconcile.", sum(map(len, self._caches)))
             for number in range(WORKERS):
                 tasks.create_task(self._work(), name=f"reconcile worker {number}")
+
+    async def stop(self) -> None:
+        """Let `run` end, and wait for that."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
 
     async def _work(self) -> None:
         while True:
@@ -190,16 +198,40 @@ class Reconciler:
         for manifest in plan.hand_over:
             self._learn(await self._kube.apply(manifest, manager=REPLICAS_MANAGER))
         for manifest in plan.apply:
-            exists = "uid" in manifest["metadata"]
             try:
-                # A new one unforced: an object of its name that somebody makes in this moment is not taken from them.
-                self._learn(await self._kube.apply(manifest, force=exists))
+                if "uid" in manifest["metadata"]:
+                    self._learn(await self._update(manifest))
+                else:
+                    # Unforced: an object of its name that somebody makes in this moment is not taken from them.
+                    self._learn(await self._kube.apply(manifest, force=False))
+                    created.append(manifest)
             except (Forbidden, Refused) as error:
                 failure = failure or error
-            else:
-                if not exists:
-                    created.append(manifest)
         return created, failure
+
+    async def _update(self, manifest: Json) -> Json:
+        """Bring a child that exists in line with its manifest.
+
+        Server-side apply adds our items to a list and leaves others' in it. Where the two cannot be together (somebody
+        has turned our port 80 into a port 81 of the same name), the server refuses; then the lists are replaced as a
+        whole, and the ownership that this writes down beside that of our apply is struck out again.
+        """
+        _logger.info("%s %s differs from its manifest and is applied", manifest["kind"], _name(manifest))
+        try:
+            return await self._kube.apply(manifest)
+        except Refused as error:
+            if error.status != 422:
+                raise
+        resource, metadata = CHILDREN[manifest["kind"]], manifest["metadata"]
+        await self._kube.merge(resource, metadata["namespace"], metadata["name"], manifest)
+        applied = (await self._kube.apply(manifest))["metadata"]
+        entries = [
+            entry
+            for entry in applied["managedFields"]
+            if (entry["manager"], entry["operation"]) != (names.FIELD_MANAGER, "Update")
+        ]
+        change = {"metadata": {"managedFields": entries, "resourceVersion": applied["resourceVersion"]}}
+        return await self._kube.merge(resource, metadata["namespace"], metadata["name"], change)
 
     def _learn(self, body: Json) -> None:
         scope = body["metadata"]["namespace"] if self._settings.namespaces else None
@@ -225,6 +257,10 @@ class Reconciler:
                 {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": identity, "status": told}
             )
         await events.post(self._kube, body, [*happened, *events.of_transition(previous, told)])
+
+
+def _name(body: Json) -> str:
+    return f"{body['metadata']['namespace']}/{body['metadata']['name']}"
 
 
 def _parse(body: Json) -> InferenceService:
