@@ -19,7 +19,7 @@ CATEGORY: Final = "octavo"
 CRD_NAME: Final = f"{PLURAL}.{GROUP}"
 
 FIELD_MANAGER: Final = "octavo"  # owner of every field that the operator applies
-DEFAULT_ENGINE_IMAGE: Final = f"octavo-engine:{__version__}"  # what render assumes; the operator is told by a flag
+DEFAULT_ENGINE_IMAGE: Final = f"octavo/engine:{__version__}"  # what render assumes; the operator is told by a flag
 
 SERVICE_LABEL: Final = f"{GROUP}/service"  # its value is the InferenceService's name; on every child and every pod
 MANIFEST_HASH_ANNOTATION: Final = f"{GROUP}/manifest-hash"  # on every child: which manifest was applied last
