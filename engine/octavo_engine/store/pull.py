@@ -73,6 +73,7 @@ async def pull(
     await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
     async with _locked(target.with_name(f"{target.name}.etag")) as etag_file:
         if await asyncio.to_thread(target.is_file):  # the pull that held the lock has brought it
+            etag_file.unlink()
             return
         transfer = _Transfer(source, target, hub, etag_file, on_progress)
         async with httpx.AsyncClient(timeout=_TIMEOUT, follow_redirects=True) as client:
@@ -121,7 +122,7 @@ class _Transfer:
             headers |= {"Range": f"bytes={done}-", "If-Range": etag}
         async with client.stream("GET", self._url, headers=headers) as response:
             if response.status_code == 416:  # nothing after `done`: all of it is here, or it is another file's
-                if _content_range(response)[1] == done:
+                if done and _content_range(response)[1] == done:
                     return
                 self.partial.unlink()
                 raise _Broken("the part that had arrived is longer than the file")
@@ -158,18 +159,23 @@ class _Transfer:
             os.fsync(file.fileno())
         if self._total is not None and done != self._total:
             raise _Broken(f"the server broke off at {done} of {self._total} bytes")
-        if not done:
-            raise ModelInvalid(f"{self._name}: the server sent an empty file")
 
     async def check(self, sha256: str | None) -> None:
-        """Compare the digest with the expected one, where there is any; a wrong file is deleted."""
+        """Look at what the file is, and at its digest where one is known; a wrong file is deleted.
+
+        Raises:
+            ModelInvalid: it is wrong.
+        """
         expected = sha256 or self._sha256
-        if expected is None:
+        actual = await asyncio.to_thread(_sha256_of, self.partial) if expected is not None else None
+        if not await asyncio.to_thread(_is_gguf, self.partial):
+            problem = "what the server sent is not a GGUF file"
+        elif actual != expected:
+            problem = f"the SHA-256 of what arrived is {actual}, expected {expected}"
+        else:
             return
-        actual = await asyncio.to_thread(_sha256_of, self.partial)
-        if actual != expected:
-            self.partial.unlink()
-            raise ModelInvalid(f"{self._name}: the SHA-256 of what arrived is {actual}, expected {expected}")
+        self.partial.unlink()
+        raise ModelInvalid(f"{self._name}: {problem}")
 
     def _num_bytes(self) -> int:
         return self.partial.stat().st_size if self.partial.exists() else 0
@@ -237,6 +243,11 @@ def _content_range(response: httpx.Response) -> tuple[int | None, int | None]:
 def _digest(etag: str | None) -> str | None:
     text = (etag or "").strip('"')
     return text if _SHA256.fullmatch(text) else None
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _sha256_of(path: Path) -> str:
