@@ -165,8 +165,10 @@ def _find(
     elif not findings and deployment is not None and _is_complete(deployment, wanted):
         findings[Finding.of(Cause.READY, detail=_sentence(wanted, wanted))] += 0
     else:
-        findings.update(_deployment_findings(deployment, wanted))
+        findings.update(_deployment_troubles(deployment))
         findings.update(diagnose(pod, service) for pod in _updated_pods(observed.pods, deployment) if not pod.ready)
+        if not findings:
+            findings[_progress(deployment, wanted)] = wanted
     order = list(Cause)
     return min(findings.items(), key=lambda item: (order.index(item[0].cause), -item[1], item[0].fields))
 
@@ -183,25 +185,26 @@ def _is_complete(deployment: Child, wanted: int) -> bool:
     return _is_seen(deployment) and deployment.replicas == wanted and numbers == [wanted] * 3
 
 
-def _deployment_findings(deployment: Child | None, wanted: int) -> Counter[Finding]:
-    """What the Deployment itself tells, and what is to be told if nothing else is."""
+def _deployment_troubles(deployment: Child | None) -> Counter[Finding]:
+    """What the Deployment itself tells of that no pod can tell."""
     findings = Counter[Finding]()
-    if deployment is None:
-        return Counter({Finding.of(Cause.STARTING): wanted})
-    _, serving = _counts(deployment)
-    if serving:
-        updated = deployment.status.get("updatedReplicas", 0) if _is_seen(deployment) else 0
-        detail = f"{_sentence(serving, wanted)}; {updated} of {wanted} are of the latest version"
-        findings[Finding.of(Cause.ROLLING_OUT, detail=detail)] += 0
-    else:
-        findings[Finding.of(Cause.STARTING)] = wanted
-    for told in deployment.status.get("conditions", ()) if _is_seen(deployment) else ():
+    for told in deployment.status.get("conditions", ()) if deployment is not None and _is_seen(deployment) else ():
         detail = stable(told.get("message", ""))
         if (told["type"], told["status"]) == ("ReplicaFailure", "True"):
             findings[Finding.of(Cause.PODS_FORBIDDEN, detail=detail)] += 0
         if (told["type"], told.get("reason")) == ("Progressing", "ProgressDeadlineExceeded"):
             findings[Finding.of(Cause.STALLED, detail=detail)] += 0
     return findings
+
+
+def _progress(deployment: Child | None, wanted: int) -> Finding:
+    """How far things are while nothing is wrong."""
+    _, serving = _counts(deployment)
+    if deployment is None or not serving:
+        return Finding.of(Cause.STARTING)
+    updated = deployment.status.get("updatedReplicas", 0) if _is_seen(deployment) else 0
+    detail = f"{_sentence(serving, wanted)}; {updated} of {wanted} are of the latest version"
+    return Finding.of(Cause.ROLLING_OUT, detail=detail)
 
 
 def _updated_pods(pods: Sequence[Pod], deployment: Child | None) -> list[Pod]:
