@@ -11,7 +11,7 @@ which learn of our own writes at once.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -40,20 +40,25 @@ _logger = logging.getLogger(__name__)
 class Reconciler:
     """The queue, the caches and the workers of one operator process."""
 
-    def __init__(self, kube: Kube, settings: Settings) -> None:
+    def __init__(self, kube: Kube, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.queue: WorkQueue[Key] = WorkQueue()
         self._kube = kube
         self._settings = settings
         namespaces: Sequence[str | None] = settings.namespaces or (None,)
         self._children: dict[tuple[str, str | None], Cache[Child]] = {
             (resource.kind, namespace): Cache(
-                kube, resource, namespace, project=partial(Child.from_json, resource.kind), on_change=self.queue.add
+                kube,
+                resource,
+                namespace,
+                project=partial(Child.from_json, resource.kind),
+                on_change=self.queue.add,
+                clock=clock,
             )
             for namespace in namespaces
             for resource in CHILDREN.values()
         }
         self._pods = {
-            namespace: Cache(kube, POD, namespace, project=Pod.from_json, on_change=self.queue.add)
+            namespace: Cache(kube, POD, namespace, project=Pod.from_json, on_change=self.queue.add, clock=clock)
             for namespace in namespaces
         }
         self._running: asyncio.Task[None] | None = None
