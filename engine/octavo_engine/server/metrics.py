@@ -40,6 +40,10 @@ class Metrics:
         self._running = self._gauge("vllm:num_requests_running", "Requests in the running batch.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
+        self._kv_waste = self._gauge(
+            "octavo:kv_cache_waste_perc", "Share of the slots in used KV blocks that no token needs, 0 to 1."
+        )
+        self._block_size = 1
         self._preemptions = self._counter("vllm:num_preemptions", "Requests put back to free KV blocks.")
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
@@ -81,6 +85,8 @@ class Metrics:
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0)
+        num_slots = stats.num_used_blocks * self._block_size
+        self._kv_waste.set(1 - stats.num_used_slots / num_slots if num_slots else 0.0)
         self._preemptions.inc(stats.num_preemptions - self._num_preemptions_seen)
         self._num_preemptions_seen = stats.num_preemptions
 
@@ -91,6 +97,7 @@ class Metrics:
 
     def on_ready(self, facts: EngineFacts) -> None:
         """The engine is ready; its cache has these dimensions from now on."""
+        self._block_size = facts.block_size
         info = {
             "block_size": str(facts.block_size),
             "num_gpu_blocks": str(facts.num_blocks),  # vLLM's name, on the CPU too

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from octavo_engine.messages import EngineFacts, SchedulerStats
+from octavo_engine.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    import httpx
+    from tests.engine.serving.conftest import Eventually
+
+
+FACTS = EngineFacts(max_model_len=400, block_size=4, num_blocks=10, dtype="float32", device="cpu", num_parameters=1)
+
+
+def values_of(text: str) -> dict[str, float]:
+    """Every sample as name{labels} with the labels that all have left out."""
+    values = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.endswith("_created"):
+                continue
+            labels = sample.labels.copy()
+            assert (labels.pop("model_name"), labels.pop("engine")) == ("fake", "0")
+            inside = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
+            values[sample.name + (f"{{{inside}}}" if inside else "")] = sample.value
+    return values
+
+
+def stats(**changes: int) -> SchedulerStats:
+    idle = dict.fromkeys(SchedulerStats.__struct_fields__, 0)
+    return SchedulerStats(**(idle | {"num_blocks": 10} | changes))
+
+
+async def test_the_metrics_are_vllms_by_name_and_type(ready: httpx.AsyncClient) -> None:
+    text = (await ready.get("/metrics")).text
+    types = {family.name: family.type for family in text_string_to_metric_families(text)}
+    assert {name: kind for name, kind in types.items() if not name.endswith("_created")} == {
+        "vllm:num_requests_running": "gauge",
+        "vllm:num_requests_waiting": "gauge",
+        "vllm:kv_cache_usage_perc": "gauge",
+        "vllm:num_preemptions": "counter",
+        "vllm:prompt_tokens": "counter",
+        "vllm:generation_tokens": "counter",
+        "vllm:time_to_first_token_seconds": "histogram",
+        "vllm:inter_token_latency_seconds": "histogram",
+        "vllm:e2e_request_latency_seconds": "histogram",
+        "vllm:request_success": "counter",
+        "vllm:cache_config_info": "gauge",
+        "octavo:kv_cache_waste_perc": "gauge",
+    }
+
+
+async def test_a_request_is_counted_to_the_token(ready: httpx.AsyncClient, eventually: Eventually) -> None:
+    body = {"model": "org/fake", "prompt": "abc", "max_tokens": 5}
+    assert (await ready.post("/v1/completions", json=body)).status_code == 200
+    assert (await ready.post("/v1/completions", json=body | {"max_tokens": 300})).status_code == 200
+
+    async def idle() -> bool:
+        return values_of((await ready.get("/metrics")).text)["vllm:num_requests_running"] == 0
+
+    await eventually(idle)
+    values = values_of((await ready.get("/metrics")).text)
+    num_generated = 5 + len("The answer is 42.") + 1
+    assert values["vllm:prompt_tokens_total"] == 6
+    assert values["vllm:generation_tokens_total"] == num_generated
+    assert values["vllm:time_to_first_token_seconds_count"] == 2
+    assert values["vllm:inter_token_latency_seconds_count"] == num_generated - 2
+    assert values["vllm:e2e_request_latency_seconds_count"] == 2
+    assert values["vllm:request_success_total{finished_reason=length}"] == 1
+    assert values["vllm:request_success_total{finished_reason=stop}"] == 1
+    assert values["vllm:request_success_total{finished_reason=abort}"] == 0
+    assert values["vllm:cache_config_info{block_size=4,cache_dtype=float32,num_gpu_blocks=1000}"] == 1
+    assert values["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_waste_is_the_share_of_slots_that_blocks_hold_and_no_token_needs() -> None:
+    metrics = Metrics("fake")
+    metrics.on_ready(FACTS)
+    metrics.on_stats(stats(num_used_blocks=5, num_used_slots=15))
+    assert values_of(metrics.render().decode())["octavo:kv_cache_waste_perc"] == pytest.approx(0.25)
+    metrics.on_stats(stats())
+    assert values_of(metrics.render().decode())["octavo:kv_cache_waste_perc"] == 0
+
+
+def test_gauges_follow_the_scheduler_and_preemptions_only_grow() -> None:
+    metrics = Metrics("fake")
+    metrics.on_stats(stats(num_running=3, num_waiting=2, num_used_blocks=5, num_preemptions=4))
+    metrics.on_stats(stats(num_running=1, num_waiting=0, num_used_blocks=2, num_preemptions=6))
+    values = values_of(metrics.render().decode())
+    assert values["vllm:num_requests_running"] == 1
+    assert values["vllm:num_requests_waiting"] == 0
+    assert values["vllm:kv_cache_usage_perc"] == pytest.approx(0.2)
+    assert values["vllm:num_preemptions_total"] == 6
+
+
+def test_tokens_that_came_together_share_their_time() -> None:
+    metrics = Metrics("fake")
+    metrics.on_next_tokens(seconds=0.4, num_tokens=4)
+    values = values_of(metrics.render().decode())
+    assert values["vllm:inter_token_latency_seconds_count"] == 4
+    assert values["vllm:inter_token_latency_seconds_sum"] == pytest.approx(0.4)
+    assert values["vllm:inter_token_latency_seconds_bucket{le=0.1}"] == 4
+    assert values["vllm:inter_token_latency_seconds_bucket{le=0.075}"] == 0
