@@ -41,11 +41,18 @@ async def _run(settings: Settings) -> None:
                 standalone=True,
                 liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz",
             )
+            await reconciler.stop()  # kopf does not clean up if it was stopped before it was up
 
 
 def _configure_logging(settings: Settings) -> None:
     kopf.configure(log_format=kopf.LogFormat.JSON if settings.log_format == "json" else kopf.LogFormat.FULL)
     logging.getLogger().setLevel(settings.log_level.upper())
+    if settings.log_level == "info":
+        for chatty in ("kopf.objects", "kopf.activities", "aiohttp.access"):  # a line for each event and each probe
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+    if settings.log_level == "info":
+        for chatty in ("kopf.objects", "kopf.activities", "aiohttp.access"):  # a line for each event and each probe
+            logging.getLogger(chatty).setLevel(logging.WARNING)
     if settings.log_level == "info":
         for chatty in ("kopf.objects", "kopf.activities", "aiohttp.access"):  # a line for each event and each probe
             logging.getLogger(chatty).setLevel(logging.WARNING)

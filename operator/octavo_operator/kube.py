@@ -30,7 +30,7 @@ from octavo_operator.queue import TokenBucket
 
 Json = dict[str, Any]
 
-REQUEST_SECONDS: Final = 30.0  # a request that is no watch
+REQUEST_SECONDS: Final = 15.0  # a request that is no watch
 WATCH_SECONDS: Final = 30  # the server ends a watch after so long: what keeps silent longer is dead ...
 WATCH_GRACE_SECONDS: Final = 10.0  # ... and is cut off by us so much later
 LIST_PAGE: Final = 500  # objects in one answer to a list

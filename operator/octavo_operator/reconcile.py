@@ -198,10 +198,13 @@ class Reconciler:
         """
         created: list[Json] = []
         failure: ApiError | None = None
-        for child in plan.delete:
-            await self._kube.delete(CHILDREN[child.kind], child.service.namespace, child.name, uid=child.uid)
-        for manifest in plan.hand_over:
-            self._learn(await self._kube.apply(manifest, manager=REPLICAS_MANAGER))
+        try:
+            for child in plan.delete:
+                await self._kube.delete(CHILDREN[child.kind], child.service.namespace, child.name, uid=child.uid)
+            for manifest in plan.hand_over:
+                self._learn(await self._kube.apply(manifest, manager=REPLICAS_MANAGER))
+        except (Forbidden, Refused) as error:
+            return created, error
         for manifest in plan.apply:
             try:
                 if "uid" in manifest["metadata"]:
