@@ -274,11 +274,13 @@ async def _check(response: aiohttp.ClientResponse) -> None:
 
 def _error(code: int, status: Json, retry_after: str | None = None) -> ApiError:
     """Find the error of our tree for a Status object (k8s.io/apimachinery/pkg/apis/meta/v1)."""
+    message = str(status.get("message") or f"HTTP {code}")
+    details = status.get("details") or {}
     classes: dict[int, type[ApiError]] = {403: Forbidden, 404: NotFound, 409: Conflict, 429: ApiUnavailable}
     error = classes.get(code, ApiUnavailable if code >= 500 else Refused)
-    seconds = str(retry_after or (status.get("details") or {}).get("retryAfterSeconds") or "")
-    return error(
-        str(status.get("message") or f"HTTP {code}"),
-        status=code,
-        retry_after=float(seconds) if seconds.isdecimal() else None,
-    )
+    if any(cause.get("field") == "metadata.uid" for cause in details.get("causes") or ()):
+        error = Conflict  # 422 by its code: another object has the name now
+    elif code == 500 and message.startswith("failed to create typed patch object"):
+        error = Refused  # how server-side apply refuses a field that this server does not know
+    seconds = str(retry_after or details.get("retryAfterSeconds") or "")
+    return error(message, status=code, retry_after=float(seconds) if seconds.isdecimal() else None)
