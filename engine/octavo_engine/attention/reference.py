@@ -8,6 +8,10 @@ Padding costs no correctness, but what is read there must be a number: a weight 
 tables are filled up with a block of zeros that no request owns, and a block is zeroed when its first slot is written,
 lest a request sees the NaN of one that used the block before.
 
+A float32 cache is attended to in float64. The kernels sum in an order that depends on the shapes they are called with,
+and so on the other requests of the step; in float64 those differences vanish when the result is rounded to float32.
+Hence a request gets the same result in any company and however its prompt is cut. Half precision makes no such promise.
+
 Shapes: T tokens of the step, B requests in a group, N query heads, K KV heads, D head size, S slots gathered for each
 request (a multiple of the block size), Q tokens of each request in a group (1 for decodes).
 """
@@ -51,7 +55,8 @@ class ReferenceAttention(AttentionBackend):
         self._values = torch.empty(size, dtype=dtype, device=device)
         for cache in (self._keys, self._values):
             cache[:, shape.num_blocks] = 0
-        self._workspace = torch.empty((2, 0), dtype=dtype, device=device)
+        self._compute_dtype = torch.float64 if dtype == torch.float32 else dtype
+        self._workspace = torch.empty((2, 0), dtype=self._compute_dtype, device=device)
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
         self._fresh_blocks = torch.empty(0, dtype=torch.int64, device=device)
         self._groups: list[_Group] = []
@@ -76,7 +81,7 @@ class ReferenceAttention(AttentionBackend):
             self._groups += self._decode_groups(metadata, requests, starts)
         gathered = max(group.blocks.numel() for group in self._groups) * block_size * self._slot_elements
         if gathered > self._workspace.shape[1]:
-            self._workspace = torch.empty((2, gathered), dtype=self._dtype, device=self._device)
+            self._workspace = torch.empty((2, gathered), dtype=self._compute_dtype, device=self._device)
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Zero the blocks that are begun, then write every slot of the step."""
@@ -90,24 +95,26 @@ class ReferenceAttention(AttentionBackend):
         out = torch.empty_like(q)
         for group in self._groups:
             keys, values = self._gather(self._keys[layer], group, 0), self._gather(self._values[layer], group, 1)
-            queries = q[group.tokens].view(group.num_requests, group.num_queries, *q.shape[1:]).transpose(1, 2)
+            queries = q[group.tokens].to(self._compute_dtype)
+            queries = queries.view(group.num_requests, group.num_queries, *q.shape[1:]).transpose(1, 2)
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, enable_gqa=True)
-            out[group.tokens] = attended.transpose(1, 2).reshape(-1, *q.shape[1:])
+            out[group.tokens] = attended.transpose(1, 2).reshape(-1, *q.shape[1:]).to(q.dtype)
         return out
 
     def _gather(self, cache: torch.Tensor, group: _Group, which: int) -> torch.Tensor:
         """One layer's cache -> [B, K, S, D], a view of the workspace."""
-        _, block_size, slot_elements = cache.shape
-        num_blocks = group.blocks.numel()
-        gathered = self._workspace[which, : num_blocks * block_size * slot_elements].view(-1, block_size, slot_elements)
-        torch.index_select(cache, 0, group.blocks, out=gathered)
+        gathered = self._workspace[which, : group.blocks.numel() * cache[0].numel()].view(-1, *cache.shape[1:])
+        if cache.dtype == gathered.dtype:
+            torch.index_select(cache, 0, group.blocks, out=gathered)
+        else:
+            gathered.copy_(cache.index_select(0, group.blocks))
         per_request = gathered.view(group.num_requests, -1, self._shape.num_kv_heads, self._shape.head_dim)
         return per_request.transpose(1, 2)
 
     def _decode_groups(self, metadata: AttentionMetadata, requests: list[int], starts: list[int]) -> list[_Group]:
         """Decodes of similar length, split so that what they gather keeps within bounds."""
         width = max(-(-metadata.context_lens[request] // self._shape.block_size) for request in requests)
-        block_bytes = self._shape.block_size * self._slot_elements * self._dtype.itemsize
+        block_bytes = self._shape.block_size * self._slot_elements * self._compute_dtype.itemsize
         at_once = max(1, _MAX_GATHER_BYTES // (width * block_bytes))
         return [
             self._decode_group(metadata, requests[first : first + at_once], starts)
@@ -137,4 +144,4 @@ class ReferenceAttention(AttentionBackend):
 
     def _additive(self, visible: torch.Tensor) -> torch.Tensor:
         """A boolean mask as what is added to the scores."""
-        return torch.zeros_like(visible, dtype=self._dtype).masked_fill_(~visible, float("-inf"))
+        return torch.zeros_like(visible, dtype=self._compute_dtype).masked_fill_(~visible, float("-inf"))
