@@ -334,4 +334,7 @@ def _write_termination_log(path: Path, error: UserError | EngineDead) -> None:
         > _MAX_TERMINATION_BYTES
     ):
         message = message[: len(message) * 3 // 4]
-    path.write_bytes(body)
+    try:
+        path.write_bytes(body)
+    except OSError as cause:  # the reason itself is told already
+        print(f"octavo: --termination-log {path}: {cause.strerror}", file=sys.stderr)

@@ -424,7 +424,7 @@ def test_files_outside_the_store_are_never_removed(root: Path, tmp_path: Path) -
 
 def test_the_store_is_where_xdg_says(tmp_path: Path) -> None:
     assert local.default_root({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "octavo" / "models"
-    assert local.default_root({}) == Path.home() / ".cache" / "octavo" / "models"
+    assert local.default_root({"HOME": str(tmp_path)}) == tmp_path / ".cache" / "octavo" / "models"
 
 
 @pytest.mark.model

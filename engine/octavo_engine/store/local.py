@@ -63,8 +63,8 @@ class StoredModel:
 
 def default_root(environment: Mapping[str, str]) -> Path:
     """Return the store's folder for a process with this environment (XDG base directory specification)."""
-    cache = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "octavo" / "models"
+    home = Path(environment.get("HOME", "/"))
+    return Path(environment.get("XDG_CACHE_HOME") or home / ".cache") / "octavo" / "models"
 
 
 def locate(model: str, root: Path) -> Location:
@@ -78,12 +78,15 @@ def locate(model: str, root: Path) -> Location:
         return Location(name=source.path.stem, path=root / source.path, source=source)
     if entry := CATALOGUE.get(model):
         return Location(name=model, path=root / entry.file, source=parse_source(entry.source), sha256=entry.sha256)
-    if (stored := _in_store(model, root)) is not None:
-        return Location(name=stored.stem, path=stored)
-    path = Path(model).expanduser()
-    if path.is_file():
-        return Location(name=path.stem, path=path)
-    raise ModelNotFound(_what_there_is(model, path, root))
+    try:
+        if (stored := _in_store(model, root)) is not None:
+            return Location(name=stored.stem, path=stored)
+        path = Path(model).expanduser()
+        if path.is_file():
+            return Location(name=path.stem, path=path)
+        raise ModelNotFound(_what_there_is(model, path, root))
+    except OSError as error:  # no permission, or no path at all
+        raise ModelNotFound(f"{model[:200]}: {error.strerror}") from error
 
 
 def list_models(root: Path) -> list[StoredModel]:
