@@ -39,19 +39,26 @@ def test_a_file_that_is_not_in_the_claim_is_told_by_the_engine_and_its_arrival_i
     namespace.await_ready("empty")
 
 
-def test_gpus_decide_limits_and_tensor_parallel_size_and_an_engine_without_them_says_so(namespace: Workspace) -> None:
+def test_gpus_decide_limits_and_tensor_parallel_size_and_the_engine_says_what_it_cannot_do(
+    namespace: Workspace,
+) -> None:
     storage.pretend_gpus(namespace.cluster, 8)
     namespace.put_model("models")
-    namespace.apply("gpus", accelerator={"type": "nvidia", "count": 2, "product": "NVIDIA-H100-80GB-HBM3"})
+    product = "NVIDIA-H100-80GB-HBM3"
+    namespace.apply("one", accelerator={"type": "nvidia", "count": 1, "product": product})
+    namespace.apply("two", accelerator={"type": "nvidia", "count": 2, "product": product})
 
-    condition = namespace.await_condition("gpus", has_reason("DeviceMissing"), "DeviceMissing")
-    assert "--device" in condition["message"]
+    # The pods are scheduled, but the GPUs are only claimed to be there.
+    condition = namespace.await_condition("one", has_reason("DeviceMissing"), "DeviceMissing")
+    assert "--device cuda" in condition["message"]
+    condition = namespace.await_condition("two", has_reason("ConfigError"), "ConfigError")
+    assert "--tensor-parallel-size 2" in condition["message"]
 
-    (pod,) = namespace.pods("gpus")
+    (pod,) = namespace.pods("two")
     (container,) = pod["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
     assert "--tensor-parallel-size=2" in container["args"]
-    service = namespace.get("inferenceservice", "gpus")
+    service = namespace.get("inferenceservice", "two")
     assert service is not None
     assert service["status"]["tensorParallelSize"] == 2
 
