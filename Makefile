@@ -52,6 +52,7 @@ lint: venv ## ruff, mypy strict, import-linter, generated files up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/mypy tests e2e manifests/generate.py
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) -m octavo_operator.api.crd --check
 

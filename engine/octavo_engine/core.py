@@ -53,7 +53,7 @@ PR_SET_NAME = 15
 logger = logging.getLogger(__name__)
 
 
-class ShutdownRequested(Exception):  # noqa: N818 - not an error
+class ShutdownRequested(Exception):
     """The API process asked this one to end."""
 
 

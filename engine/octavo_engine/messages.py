@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from octavo_engine.plan import SamplingParams  # noqa: TC001 - msgspec resolves annotations at run time
+from octavo_engine.plan import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
