@@ -127,7 +127,7 @@ def test_any_order_of_pieces_equals_dense_attention(data: st.DataObject) -> None
 
 
 def test_decodes_that_gather_more_than_the_bound_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_MAX_GATHER_BYTES", 4 * 2 * 8 * 8 * 5)  # two requests of 5 blocks at a time
+    monkeypatch.setattr(reference, "_MAX_GATHER_BYTES", 8 * 8 * 8 * 5 * 2)  # two requests of 5 blocks at a time
     shape = CacheShape(num_layers=1, num_blocks=64, block_size=8, num_kv_heads=1, head_dim=8)
     sequences = Sequences(shape, num_heads=2, dtype=torch.float32, lengths=[40, 39, 38, 37, 36])
     sequences.step(dict.fromkeys(range(5), 35))

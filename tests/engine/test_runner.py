@@ -1,0 +1,158 @@
+"""The runner: from a plan to tokens, what it refuses, and what it tells while it loads. On the tiny model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from octavo_engine import device
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import ConfigError, DeviceMissing, ModelDoesNotFit, ModelNotFound
+from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan
+from octavo_engine.runner import ModelRunner, load_runner
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
+
+
+def config(path: Path, **options: Any) -> EngineConfig:
+    defaults: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_memory_bytes": 2**22}
+    return EngineConfig(model=path, served_model_names=("tiny",), **defaults | options)
+
+
+def load(path: Path, **options: Any) -> LoadedModel:
+    return load_runner(config(path, **options), lambda *_: None)
+
+
+def request(
+    name: str, token_ids: tuple[int, ...], *, at: int = 0, block: int = 0, sampling: SamplingParams = GREEDY
+) -> ScheduledRequest:
+    return ScheduledRequest(name, token_ids, at, (block, block + 1), needs_token=True, sampling=sampling)
+
+
+def test_greedy_tokens_are_those_of_transformers(write_tiny_gguf: Any, tiny_llama: Any) -> None:
+    runner = load(write_tiny_gguf()).runner
+    prompt = [5, 17, 80, 3]
+    expected = tiny_llama.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, 4, dtype=torch.int64),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )[0, 4:].tolist()
+
+    tokens = []
+    step = request("a", tuple(prompt))
+    for number in range(8):
+        result = runner.execute(StepPlan(number, (step,)))
+        assert result.step == number
+        token = result.results["a"].token_id
+        assert token is not None
+        tokens.append(token)
+        step = request("a", (token,), at=3 + len(tokens))
+
+    assert tokens == expected
+
+
+def test_only_requests_that_need_a_token_get_one(write_tiny_gguf: Any) -> None:
+    runner = load(write_tiny_gguf()).runner
+    unfinished = ScheduledRequest("a", (1, 2), 0, (0,), needs_token=False, sampling=GREEDY)
+    assert runner.execute(StepPlan(0, (unfinished,))).results == {}
+    assert set(runner.execute(StepPlan(1, (request("b", (3,), block=2), unfinished))).results) == {"b"}
+
+
+def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(write_tiny_gguf: Any) -> None:
+    runner = load(write_tiny_gguf()).runner
+    sampling = SamplingParams(max_tokens=8, temperature=1.5, top_p=0.95, seed=11)
+    checked = request("a", (5, 6, 7), sampling=sampling)
+    others = tuple(request(str(block), (block,) * block, block=block, sampling=sampling) for block in (2, 4, 6))
+    alone = runner.execute(StepPlan(0, (checked,))).results["a"]
+    assert runner.execute(StepPlan(0, (*others, checked))).results["a"] == alone
+    renamed = request("z", (5, 6, 7), sampling=sampling)
+    assert runner.execute(StepPlan(0, (renamed,))).results["z"] == alone
+
+
+def test_a_request_whose_numbers_are_not_finite_fails_alone(write_tiny_gguf: Any, tiny_llama: Any) -> None:
+    embedding = tiny_llama.state_dict()["model.embed_tokens.weight"].clone()
+    embedding[50] = math.nan
+    runner = load(write_tiny_gguf(tensors={"token_embd.weight": embedding})).runner
+    healthy = request("healthy", (1, 2, 3), block=2)
+    expected = runner.execute(StepPlan(0, (healthy,))).results["healthy"]
+
+    results = runner.execute(StepPlan(1, (request("poisoned", (1, 50, 3)), healthy))).results
+    assert results["healthy"] == expected
+    assert "NaN" in (results["poisoned"].error or "")
+
+    # Nor does it reach whoever gets its blocks next.
+    moved = request("healthy", (1, 2, 3), block=0)
+    assert runner.execute(StepPlan(2, (moved,))).results["healthy"] == expected
+
+
+def test_loading_tells_bytes_then_the_warm_up_and_the_facts(write_tiny_gguf: Any, tiny_llama: Any) -> None:
+    progress: list[tuple[str, int, int]] = []
+    model = load_runner(config(write_tiny_gguf(), max_model_len=96), lambda *event: progress.append(event))
+
+    loading = [(done, total) for phase, done, total in progress if phase == "Loading"]
+    num_parameters = sum(weight.numel() for weight in tiny_llama.state_dict().values())
+    assert [done for done, _ in loading] == sorted(done for done, _ in loading)
+    assert {total for _, total in loading} == {4 * num_parameters}
+    assert loading[-1] == (4 * num_parameters, 4 * num_parameters)
+    assert progress[-2:] == [("Warmup", 0, 1), ("Warmup", 1, 1)]
+    assert isinstance(model.runner, ModelRunner)
+    assert model.eos_token_ids == {2}
+    facts = model.facts
+    assert (facts.max_model_len, facts.block_size, facts.dtype, facts.device) == (96, 8, "float32", "cpu")
+    assert facts.num_parameters == num_parameters
+    assert facts.num_blocks == 64 * 96 // 8
+
+
+REFUSALS = {
+    "no file": ({"model": "/nowhere/model.gguf"}, ModelNotFound, "no model file at /nowhere/model.gguf"),
+    "two ranks": ({"tensor_parallel_size": 2}, ConfigError, "--tensor-parallel-size 2: .* use 1"),
+    "too long a context": ({"max_model_len": 1025}, ConfigError, "--max-model-len 1025: .* at most 1024"),
+    "too small a cache": ({"kv_cache_memory_bytes": 1000}, ModelDoesNotFit, "one request of 512 tokens"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_cannot_work_is_refused_before_a_weight_is_read(
+    write_tiny_gguf: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    progress: list[object] = []
+    path = write_tiny_gguf()
+    model = type(path)(options.get("model", path))
+    rest = {key: value for key, value in options.items() if key != "model"}
+    with pytest.raises(error, match=message):
+        load_runner(config(model, **rest), lambda *event: progress.append(event))
+    assert progress == []
+
+
+def test_cuda_is_refused_where_there_is_no_gpu(write_tiny_gguf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also where the tests run beside a GPU
+    with pytest.raises(DeviceMissing, match=r"--device cuda: .* choose --device cpu"):
+        load(write_tiny_gguf(), device="cuda")
+    assert device.choose_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True}, torch.float32),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+    ids=["avx2", "avx512 without bfloat16", "avx512_bf16", "amx"],
+)
+def test_the_dtype_is_bfloat16_only_where_the_cpu_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert device.choose_dtype("auto", torch.device("cpu")) == expected
+    assert device.choose_dtype("float16", torch.device("cpu")) == torch.float16
