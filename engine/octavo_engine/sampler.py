@@ -79,27 +79,35 @@ def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
     # A temperature too small for float32 means what it tends to: the most likely token.
     temperatures = column([p.temperature for p in params]).clamp_(min=torch.finfo(torch.float32).tiny)
-    probs = (logits / temperatures).exp_().nan_to_num_(0.0)
-    probs.masked_fill_(probs < column([p.min_p for p in params]), 0.0)  # the highest is exp(0) = 1 here
-    truncated = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if truncated:
-        probs[truncated] = _truncate(probs[truncated], [params[row] for row in truncated])
+    probs = logits.div_(temperatures).exp_()
+    if any(p.min_p > 0 for p in params):
+        probs.masked_fill_(probs < column([p.min_p for p in params]), 0.0)  # the highest is exp(0) = 1 here
+    for row, p in enumerate(params):
+        if p.top_k > 0 or p.top_p < 1:
+            _truncate(probs[row], p)
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     uniforms = torch.tensor([draw.uniform for draw in draws], dtype=torch.float64, device=device)[:, None]
     chosen = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(-1)
     return chosen.clamp_(max=logits.shape[1] - 1)
 
 
-def _truncate(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Zero what top-k and top-p exclude: float32 [S, V] -> the same. Of equally likely tokens the lower ids stay."""
-    vocab_size = probs.shape[1]
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([p.top_k or vocab_size for p in params], device=probs.device)[:, None]
-    ordered.masked_fill_(torch.arange(vocab_size, device=probs.device) >= top_k, 0.0)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probs.device)[:, None]
-    cumulative = ordered.cumsum(dim=-1, dtype=torch.float64)
-    # A token stays while those before it have not reached the share; the most likely one always does.
-    reached = cumulative - ordered >= top_p * cumulative[:, -1:]
-    reached[:, 0] = False
-    ordered.masked_fill_(reached & (top_p < 1), 0.0)
-    return torch.zeros_like(probs).scatter_(1, order, ordered)
+def _truncate(probs: torch.Tensor, sampling: SamplingParams) -> None:
+    """Zero in place what top-k and top-p exclude, in one row of unnormalised probabilities, float32 [V].
+
+    Of equally likely tokens the lower ids stay. Only tokens above a floor that surely excludes the others are sorted.
+    """
+    if 0 < sampling.top_k < len(probs):
+        floor = probs.topk(sampling.top_k).values[-1]
+    else:
+        # Were a token below this floor in the nucleus, the at most V tokens no likelier than it would weigh
+        # less than 1 - top_p, and so those before it would reach top_p without it.
+        floor = probs.sum(dtype=torch.float64) * ((1 - sampling.top_p) / len(probs))
+    candidates = (probs >= floor).nonzero().squeeze(-1)
+    ordered, order = probs[candidates].sort(descending=True, stable=True)
+    ordered = ordered[: sampling.top_k or None]
+    if sampling.top_p < 1:
+        total = ordered.sum(dtype=torch.float64) if sampling.top_k else probs.sum(dtype=torch.float64)
+        before = ordered.cumsum(dim=0, dtype=torch.float64) - ordered
+        ordered = ordered[: max(1, int((before < sampling.top_p * total).sum()))]
+    probs.zero_()
+    probs[candidates[order[: len(ordered)]]] = ordered
