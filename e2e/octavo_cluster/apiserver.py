@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 READY_SECONDS = 60.0
+SERVICE_RANGE = "10.96.0.0/16"  # nothing answers there
 
 
 class ApiServer:
@@ -56,6 +57,7 @@ class ApiServer:
                 bind="127.0.0.1",
                 advertise="127.0.0.1",
                 port=port,
+                services=SERVICE_RANGE,
                 etcd_port=etcd_port,
                 audit_policy=control_plane.write_audit_policy(self._folder),
                 audit_log=self.audit_log,
@@ -65,6 +67,7 @@ class ApiServer:
                 certificates,
                 kubeconfig=self.kubeconfig_for("system:kube-controller-manager"),
                 controllers=control_plane.CONTROLLERS_WITHOUT_NODES,
+                plugins=self._folder,
             ),
         }
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
     from octavo_cluster.pki import Authority, Pair
 
-SERVICE_RANGE = "10.96.0.0/16"
-KUBERNETES_SERVICE = "10.96.0.1"  # the first address of the range is the API server's own Service
-
 # Only what needs no node: objects are collected and namespaces emptied as in a cluster, but nothing creates pods.
 CONTROLLERS_WITHOUT_NODES = (
     "garbage-collector-controller",
@@ -45,7 +42,7 @@ class Certificates:
     @classmethod
     def issue(cls, authority: Authority, hosts: Sequence[str]) -> Certificates:
         """Issue them for an API server that answers on `hosts` besides its names inside the cluster."""
-        inside = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", KUBERNETES_SERVICE]
+        inside = ["kubernetes", "kubernetes.default", "kubernetes.default.svc"]
         return cls(
             authority=authority.certificate,
             api_server=authority.issue(
@@ -85,6 +82,7 @@ def kube_apiserver(
     bind: str,
     advertise: str,
     port: int,
+    services: str,
     etcd_port: int,
     audit_policy: Path,
     audit_log: Path,
@@ -97,7 +95,7 @@ def kube_apiserver(
         f"--bind-address={bind}",
         f"--advertise-address={advertise}",
         f"--secure-port={port}",
-        f"--service-cluster-ip-range={SERVICE_RANGE}",
+        f"--service-cluster-ip-range={services}",
         "--authorization-mode=Node,RBAC",
         "--allow-privileged",
         f"--client-ca-file={certificates.authority}",
@@ -117,7 +115,7 @@ def kube_apiserver(
 
 
 def kube_controller_manager(
-    program: Path, certificates: Certificates, *, kubeconfig: Path, controllers: Sequence[str]
+    program: Path, certificates: Certificates, *, kubeconfig: Path, controllers: Sequence[str], plugins: Path
 ) -> list[str | Path]:
     """A controller manager that looks often, so that tests need not wait."""
     return [
@@ -129,5 +127,11 @@ def kube_controller_manager(
         f"--root-ca-file={certificates.authority}",
         f"--service-account-private-key-file={certificates.service_account_key}",
         "--horizontal-pod-autoscaler-sync-period=2s",
+        f"--flex-volume-plugin-dir={plugins}",  # its default is a folder that it would make in /usr
         "--secure-port=0",
     ]
+
+
+def kube_scheduler(program: Path, *, kubeconfig: Path) -> list[str | Path]:
+    """The only scheduler, so that it need not be elected."""
+    return [program, f"--kubeconfig={kubeconfig}", "--leader-elect=false", "--secure-port=0"]

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+KUBECTL_CACHE = "kubectl-cache"
+
+
 @dataclass(frozen=True, slots=True)
 class Kubectl:
     """A kubectl that knows its cluster; call it with kubectl's own arguments."""
@@ -42,7 +45,9 @@ class Kubectl:
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of a kubectl that the caller runs by itself."""
-        return [str(self.program), f"--kubeconfig={self.kubeconfig}", *arguments]
+        # A cache of its own beside the kubeconfig: the next cluster at this address has other resources.
+        cache = self.kubeconfig.parent / KUBECTL_CACHE
+        return [str(self.program), f"--kubeconfig={self.kubeconfig}", f"--cache-dir={cache}", *arguments]
 
     def get(self, *arguments: str) -> dict[str, Any]:
         """What `kubectl get ... -o json` prints."""

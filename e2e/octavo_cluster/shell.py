@@ -5,15 +5,18 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from octavo_cluster.errors import CommandFailed, NotReady
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+    from typing import IO
 
 TAIL_LINES = 30
+
+Missing: TypeAlias = "Callable[[], str | None]"  # says what is still missing; None when nothing is
 
 
 def run(
@@ -81,12 +84,18 @@ def run_logged(
         raise CommandFailed(f"{shlex.join(words)}: exit status {done.returncode}; {log} ends with\n{last}")
 
 
+def detach(command: Sequence[str | Path], output: IO[bytes]) -> None:
+    """Run a program that puts itself into the background; only its output's file is kept open by what stays."""
+    words = [str(word) for word in command]
+    subprocess.run(words, check=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/")
+
+
 def tail(text: str, lines: int = TAIL_LINES) -> str:
     """The last lines of a program's output, indented."""
     return "\n".join("    " + line for line in text.strip().splitlines()[-lines:])
 
 
-def wait_until(seen: Callable[[], str | None], *, what: str, seconds: float, poll: float = 0.1) -> None:
+def wait_until(seen: Missing, *, what: str, seconds: float, poll: float = 0.1) -> None:
     """Poll until `seen` returns None.
 
     Args:
