@@ -50,12 +50,6 @@ def _configure_logging(settings: Settings) -> None:
     if settings.log_level == "info":
         for chatty in ("kopf.objects", "kopf.activities", "aiohttp.access"):  # a line for each event and each probe
             logging.getLogger(chatty).setLevel(logging.WARNING)
-    if settings.log_level == "info":
-        for chatty in ("kopf.objects", "kopf.activities", "aiohttp.access"):  # a line for each event and each probe
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-    if settings.log_level == "info":
-        for chatty in ("kopf.objects", "kopf.activities", "aiohttp.access"):  # a line for each event and each probe
-            logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from octavo_operator import metrics, names
 from octavo_operator.errors import ApiError
-from octavo_operator.kube import Json, Resource
+from octavo_operator.resources import Json, Key, Resource
 
 HUNG_SECONDS: Final = 120.0  # a watch that has not turned for so long hangs, because each turn is limited to 40 s
 UNREACHED_SECONDS: Final = 600.0  # no answer for so long: new credentials or a new CA may help, that is, a restart
@@ -29,16 +29,6 @@ FIRST_RETRY_SECONDS: Final = 0.1
 LAST_RETRY_SECONDS: Final = 10.0
 
 _logger = logging.getLogger(__name__)
-
-
-class Key(NamedTuple):
-    """Which InferenceService, or which object of a kind that is known."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
 
 
 class Cached(Protocol):
@@ -151,7 +141,7 @@ class Cache(Generic[T]):
                 delay = min(delay * 2, LAST_RETRY_SECONDS)
 
     async def _list(self) -> None:
-        """Replace the copy by what there is, and tell of all that differs."""
+        """Replace the copy by what there is, and tell of all that differs; the first time there is nobody to tell."""
         listed: dict[Key, T] = {}
         version = 0
         async for page in self._api.pages(self.resource, self.namespace, names.SERVICE_LABEL):
@@ -194,7 +184,7 @@ class Cache(Generic[T]):
             self._forget(known)
         self._objects[_own_key(obj)] = obj
         self._of_service.setdefault(obj.service, {})[obj.name] = obj
-        self._on_change(obj.service)
+        self._tell(obj)
 
     def _drop(self, obj: T) -> None:
         known = self._objects.get(_own_key(obj))
@@ -207,7 +197,11 @@ class Cache(Generic[T]):
         del siblings[known.name]
         if not siblings:
             del self._of_service[known.service]
-        self._on_change(known.service)
+        self._tell(known)
+
+    def _tell(self, obj: T) -> None:
+        if self.synced.is_set():  # until then every service is due anyway, because the operator has just started
+            self._on_change(obj.service)
 
     def _reached(self) -> None:
         self._turned_at = self._reached_at = self._clock()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from octavo_operator import names
-from octavo_operator.kube import AUTOSCALER, DEPLOYMENT, Json
 from octavo_operator.observe import Child, Observed
+from octavo_operator.resources import AUTOSCALER, DEPLOYMENT, Json
 
 REPLICAS_MANAGER: Final = "octavo-replicas"  # keeps `replicas` when we let go of it, until the autoscaler takes it
 FOREIGN_CHILD_SECONDS: Final = 10.0  # nothing tells us when an object that does not carry our label goes away

@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
-from octavo_operator.kube import Json
 from octavo_operator.observe import Container, Pod, Termination
+from octavo_operator.resources import Json
 
 MESSAGE_LIMIT: Final = 1024  # characters of what others say, in our messages
 

@@ -15,7 +15,8 @@ from typing import Final, Literal
 from octavo_operator import names
 from octavo_operator.decide import Plan
 from octavo_operator.errors import ApiError
-from octavo_operator.kube import EVENT, Json, Kube
+from octavo_operator.kube import Kube
+from octavo_operator.resources import EVENT, Json
 from octavo_operator.status import condition
 
 NOTE_LIMIT: Final = 1024  # bytes; the API server refuses longer notes

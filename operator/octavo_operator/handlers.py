@@ -12,10 +12,10 @@ from typing import Any
 import kopf
 
 from octavo_operator import names
-from octavo_operator.cache import Key
 from octavo_operator.errors import ApiError
-from octavo_operator.kube import INFERENCE_SERVICE, WATCH_GRACE_SECONDS, WATCH_SECONDS, Kube, load_configuration
+from octavo_operator.kube import WATCH_GRACE_SECONDS, WATCH_SECONDS, Kube, load_configuration
 from octavo_operator.reconcile import Reconciler
+from octavo_operator.resources import INFERENCE_SERVICE, Key
 
 CRD_RETRY_SECONDS = 5.0
 

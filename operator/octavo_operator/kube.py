@@ -2,8 +2,7 @@
 
 Used by cache.py (list, watch), reconcile.py (get, apply, delete) and events.py (create). Login, TLS and proxies come
 from the `kubernetes` distribution's asyncio half; its typed models are left alone, because they would triple the
-operator's memory and know nothing that we need. Knows the six kinds that the operator touches, and nothing of what is
-in them.
+operator's memory and know nothing that we need. Knows nothing of what is in the objects.
 
 Writes are server-side apply (https://kubernetes.io/docs/reference/using-api/server-side-apply/): the operator owns the
 fields it sends, and no others. All writes together are kept under a rate, so that no fault of ours floods the server.
@@ -15,8 +14,7 @@ import json
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Final, Self
 from urllib.parse import urlencode
 
 import aiohttp
@@ -27,8 +25,7 @@ from kubernetes.aio.client.rest import RESTClientObject
 from octavo_operator import metrics, names
 from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, Refused
 from octavo_operator.queue import TokenBucket
-
-Json = dict[str, Any]
+from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, Json, Resource
 
 REQUEST_SECONDS: Final = 15.0  # a request that is no watch
 WATCH_SECONDS: Final = 30  # the server ends a watch after so long: what keeps silent longer is dead ...
@@ -40,31 +37,6 @@ WRITE_BURST: Final = 200.0
 _APPLY_PATCH: Final = "application/apply-patch+yaml"
 _MERGE_PATCH: Final = "application/merge-patch+json"
 _JSON: Final = "application/json"
-
-
-@dataclass(frozen=True)
-class Resource:
-    """A kind of namespaced object, and where the API server keeps it."""
-
-    api_version: str  # such as apps/v1
-    kind: str
-    plural: str
-
-    def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
-        """The path of one object, or of the collection in one namespace or (None) in all."""
-        root = f"/apis/{self.api_version}" if "/" in self.api_version else f"/api/{self.api_version}"
-        parts = [root, f"namespaces/{namespace}" if namespace else None, self.plural, name, subresource]
-        return "/".join(part for part in parts if part)
-
-
-INFERENCE_SERVICE: Final = Resource(names.API_VERSION, names.KIND, names.PLURAL)
-DEPLOYMENT: Final = Resource("apps/v1", "Deployment", "deployments")
-SERVICE: Final = Resource("v1", "Service", "services")
-AUTOSCALER: Final = Resource("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
-POD: Final = Resource("v1", "Pod", "pods")
-EVENT: Final = Resource("events.k8s.io/v1", "Event", "events")
-
-CHILDREN: Final = {resource.kind: resource for resource in (DEPLOYMENT, SERVICE, AUTOSCALER)}  # what may be applied
 
 
 async def load_configuration() -> Configuration:

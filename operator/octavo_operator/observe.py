@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo_operator import names
-from octavo_operator.cache import Key
-from octavo_operator.kube import Json
+from octavo_operator.resources import Json, Key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,14 +21,15 @@ from pydantic import ValidationError
 
 from octavo_operator import events, metrics, names, status
 from octavo_operator.api.v1alpha1 import InferenceService
-from octavo_operator.cache import Cache, Key
+from octavo_operator.cache import Cache
 from octavo_operator.cli import explain
 from octavo_operator.decide import REPLICAS_MANAGER, Plan, decide
 from octavo_operator.desired import children
 from octavo_operator.errors import ApiError, Forbidden, NotFound, OperatorError, Refused, SpecInvalid
-from octavo_operator.kube import CHILDREN, INFERENCE_SERVICE, POD, Json, Kube
+from octavo_operator.kube import Kube
 from octavo_operator.observe import Child, Observed, Pod
 from octavo_operator.queue import WorkQueue
+from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, POD, Json, Key
 from octavo_operator.settings import Settings
 
 WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server

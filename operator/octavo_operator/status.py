@@ -22,8 +22,8 @@ from octavo_operator.decide import Plan
 from octavo_operator.desired.service import url
 from octavo_operator.diagnosis import MESSAGE_LIMIT, Cause, Finding, diagnose, model_facts, stable
 from octavo_operator.errors import ApiError, Forbidden
-from octavo_operator.kube import DEPLOYMENT, Json
 from octavo_operator.observe import Child, Observed, Pod
+from octavo_operator.resources import DEPLOYMENT, Json
 
 CONDITION_TYPES: Final = ("Ready", "Available", "Progressing")
 

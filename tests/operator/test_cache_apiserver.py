@@ -10,10 +10,11 @@ import pytest
 
 from octavo_cluster.playground import PATIENCE, Playground
 from octavo_operator import names
-from octavo_operator.cache import Cache, Key
+from octavo_operator.cache import Cache
 from octavo_operator.errors import ApiError, Conflict, NotFound, Refused
-from octavo_operator.kube import INFERENCE_SERVICE, SERVICE, Kube, Resource, load_configuration
+from octavo_operator.kube import Kube, load_configuration
 from octavo_operator.observe import Child
+from octavo_operator.resources import INFERENCE_SERVICE, SERVICE, Key, Resource
 
 pytestmark = pytest.mark.apiserver
 

@@ -9,10 +9,10 @@ import pytest
 
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
-from octavo_operator.cache import Key
 from octavo_operator.decide import FOREIGN_CHILD_SECONDS, Plan, decide
 from octavo_operator.desired import children
 from octavo_operator.observe import Child, Observed, Owner
+from octavo_operator.resources import Key
 
 Json = dict[str, Any]
 

@@ -11,16 +11,8 @@ from aiohttp import web
 from kubernetes.aio.client import Configuration
 
 from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, Refused
-from octavo_operator.kube import (
-    AUTOSCALER,
-    DEPLOYMENT,
-    INFERENCE_SERVICE,
-    POD,
-    SERVICE,
-    Kube,
-    Resource,
-    load_configuration,
-)
+from octavo_operator.kube import Kube, load_configuration
+from octavo_operator.resources import AUTOSCALER, DEPLOYMENT, INFERENCE_SERVICE, POD, SERVICE, Resource
 
 Json = dict[str, Any]
 

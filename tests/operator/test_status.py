@@ -10,11 +10,11 @@ import pytest
 
 from octavo_operator import diagnosis, names, status
 from octavo_operator.api.v1alpha1 import InferenceService, InferenceServiceStatus
-from octavo_operator.cache import Key
 from octavo_operator.decide import Plan
 from octavo_operator.errors import ApiError, Forbidden, Refused
 from octavo_operator.events import Event, of_plan, of_transition
 from octavo_operator.observe import Child, Observed, Owner, Pod
+from octavo_operator.resources import Key
 
 Json = dict[str, Any]
 
