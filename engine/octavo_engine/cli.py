@@ -225,10 +225,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations: they would break when an option is added."""
+    """A parser that takes no abbreviations, which would break when an option is added, and options in any place.
+
+    argparse on its own takes no PROMPT after an option (its documentation, "Intermixed parsing").
+    """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(allow_abbrev=False, **arguments)
+        self._intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse intermixed; which itself parses options and positionals apart, by this method."""
+        if self._intermixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:

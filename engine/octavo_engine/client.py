@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from octavo_engine.config import EngineConfig
     from octavo_engine.messages import FinishReason, SchedulerStats, ToEngine
     from octavo_engine.plan import SamplingParams
+
+    Spawn = Callable[[EngineConfig], tuple["EngineProcess", socket.socket]]  # transport.spawn, or a fake in tests
 
 STUCK_SECONDS: Final = 10.0  # the engine speaks after each step and twice a second while idle
 _EXIT_SECONDS: Final = 5.0  # how long the engine gets to end by itself

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
     from typing import Any, Self
 
+    from octavo_engine.client import Spawn
     from octavo_engine.config import EngineConfig
     from octavo_engine.text.template import Message
 
@@ -36,19 +37,22 @@ _T = TypeVar("_T")
 class Chat:
     """An engine and a conversation with it. Use as a context manager: leaving ends the engine."""
 
-    def __init__(self, config: EngineConfig, *, temperature: float, system: str | None) -> None:
+    def __init__(
+        self, config: EngineConfig, *, temperature: float, system: str | None, spawn: Spawn = transport.spawn
+    ) -> None:
         self._temperature = temperature
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="event-loop", daemon=True)
         self._config = config
+        self._spawn = spawn
         self._client: EngineClient
         self._model: LanguageModel
 
     def __enter__(self) -> Self:
         """Start the engine and wait until it can answer."""
-        process, sock = transport.spawn(self._config)  # by the main thread: transport.spawn tells why
+        process, sock = self._spawn(self._config)  # by the main thread: transport.spawn tells why
         self._thread.start()
         self._client = self._await(EngineClient.start(process, sock))
         try:

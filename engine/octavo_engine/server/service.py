@@ -23,16 +23,13 @@ from octavo_engine.server.metrics import FinishedReason, Metrics
 from octavo_engine.store.pull import pull
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import AsyncGenerator, Callable, Iterator
+    from collections.abc import AsyncGenerator, Iterator
 
-    from octavo_engine.client import EngineProcess
-    from octavo_engine.config import EngineConfig, ServerConfig
+    from octavo_engine.client import Spawn
+    from octavo_engine.config import ServerConfig
     from octavo_engine.generation import GenerationRequest, TextDelta
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
-
-    Spawn = Callable[[EngineConfig], tuple[EngineProcess, socket.socket]]
 
 RETRY_SECONDS: Final = 5  # what clients are told when another moment, or another replica, will do
 _DRAIN_POLL_SECONDS: Final = 0.1

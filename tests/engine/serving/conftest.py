@@ -119,7 +119,8 @@ class FakeRunner:
         results = {}
         for request in plan.requests:
             prompt = self._prompts.setdefault(request.request_id, [])
-            prompt += request.token_ids
+            if request.request_id not in self._answers:
+                prompt += request.token_ids
             if not request.needs_token:
                 continue
             failing = self._engine.failing

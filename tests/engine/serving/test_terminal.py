@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from octavo_engine.errors import EngineRefused, RequestInvalid
+from octavo_engine.terminal import Chat, converse, print_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.engine.serving.conftest import FakeEngine
+
+    from octavo_engine.config import ServerConfig
+
+
+def new_chat(engine: FakeEngine, config: ServerConfig, system: str | None = None) -> Chat:
+    return Chat(config.engine, temperature=0.0, system=system, spawn=engine.spawn)
+
+
+@pytest.fixture
+def chat(engine: FakeEngine, config: ServerConfig) -> Iterator[Chat]:
+    with new_chat(engine, config) as chat:
+        yield chat
+
+
+def test_an_answer_comes_in_pieces(chat: Chat) -> None:
+    assert "".join(chat.ask("Hi")) == "The answer is 42."
+
+
+def test_the_conversation_grows_by_question_and_answer(chat: Chat, engine: FakeEngine) -> None:
+    engine.failing = "The answer is 42."  # fails as soon as a prompt has the first answer in it
+    assert "".join(chat.ask("Hi")) == "The answer is 42."
+    with pytest.raises(Exception, match="not a number"):
+        list(chat.ask("And now?"))
+
+
+def test_a_cleared_conversation_starts_with_its_system_message(engine: FakeEngine, config: ServerConfig) -> None:
+    with new_chat(engine, config, system="POISON") as chat:
+        assert list(chat.ask("Hi"))
+        engine.failing = "The answer"
+        chat.clear()
+        assert "".join(chat.ask("Hi")) == "The answer is 42."
+        engine.failing = "POISON"
+        chat.clear()
+        with pytest.raises(Exception, match="not a number"):
+            list(chat.ask("Hi"))
+
+
+def test_a_stopped_answer_stays_in_the_conversation_and_the_next_one_is_whole(chat: Chat, engine: FakeEngine) -> None:
+    engine.answer = "a" * 300
+    with contextlib.closing(chat.ask("Hi")) as pieces:
+        assert next(piece for piece in pieces if piece)
+    engine.answer = "Fine."
+    assert "".join(chat.ask("And now?")) == "Fine."
+
+
+def test_a_question_that_does_not_fit_is_taken_back(chat: Chat) -> None:
+    with pytest.raises(RequestInvalid, match="context is 400 tokens"):
+        list(chat.ask("a" * 400))
+    assert "".join(chat.ask("Hi")) == "The answer is 42."
+
+
+def test_an_engine_that_refuses_to_start_is_told(engine: FakeEngine, config: ServerConfig) -> None:
+    engine.refusal = "no such architecture"
+    with pytest.raises(EngineRefused, match="no such architecture"), new_chat(engine, config):
+        pass
+
+
+def test_the_terminal_takes_commands_and_questions_until_the_end_of_the_input(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hi\n\n{'a' * 400}\n/clear\nHi\n"))
+    converse(chat)
+    out, err = capsys.readouterr()
+    assert out.count("The answer is 42.\n") == 2
+    assert "context is 400 tokens" in err
+    assert "/clear starts anew" in err
+
+
+def test_bye_leaves(chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/bye\nHi\n"))
+    converse(chat)
+    assert "The answer" not in capsys.readouterr().out
+
+
+def test_a_single_answer_is_printed_with_a_line_end(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    print_answer(chat, "Hi")
+    assert capsys.readouterr().out == "The answer is 42.\n"
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_octavo_run_answers_a_prompt_from_its_arguments_and_a_pipe(smollm2_path: Path) -> None:
+    command = [sys.executable, "-m", "octavo_engine", "run", str(smollm2_path), "--temperature", "0"]
+    command += ["--max-model-len", "512", "What is the capital of this country?"]
+    result = subprocess.run(command, input="France", capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert "Traceback" not in result.stderr
