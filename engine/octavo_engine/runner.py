@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from octavo_engine.models.llama import LlamaModel
     from octavo_engine.sizing import MemoryPlan
 
+_WARM_UP_TOKENS = 64  # enough to use every kernel
+
 
 class ModelRunner:
     """Computes StepPlans. The KV cache inside is addressed by the plans' block ids alone."""
@@ -132,7 +134,7 @@ def _cache_shape(model: ModelConfig, plan: MemoryPlan) -> CacheShape:
 
 def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> None:
     """Compute one prefill and one decode, so that kernels are built and memory is touched before the first request."""
-    num_tokens = min(config.max_num_batched_tokens, plan.max_model_len - 1)
+    num_tokens = min(_WARM_UP_TOKENS, config.max_num_batched_tokens, plan.max_model_len - 1)
     num_blocks = -(-(num_tokens + 1) // plan.block_size)
     blocks = tuple(range(num_blocks))
     sampling = SamplingParams(max_tokens=1)

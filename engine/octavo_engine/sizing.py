@@ -56,9 +56,14 @@ def plan_memory(
         available_bytes: memory of that device that this process may still take.
 
     Raises:
-        ConfigError: --max-model-len exceeds what the model was trained for.
+        ConfigError: --max-model-len holds no request, or exceeds what the model was trained for.
         ModelDoesNotFit: the weights, or the KV cache of one request of the longest length, exceed the memory.
     """
+    if config.max_model_len is not None and config.max_model_len < 2:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len}: a request has at least a token of prompt and one of output; "
+            "use at least 2"
+        )
     if config.max_model_len is not None and config.max_model_len > model.max_context:
         raise ConfigError(
             f"--max-model-len {config.max_model_len}: the model was trained for {model.max_context} tokens; "

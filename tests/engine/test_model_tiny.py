@@ -10,6 +10,8 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ModelInvalid, ModelUnsupported
+from octavo_engine.models.config import ARCHITECTURES
+from octavo_engine.models.registry import MODELS
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
 from octavo_engine.runner import ModelRunner, load_runner
 
@@ -97,6 +99,14 @@ def test_float32_logits_are_equal_to_the_bit_in_any_batch_and_any_pieces(write_t
             got[name].append(rows)
             done[name] = ends[name]
     assert all(torch.equal(torch.cat(got[name]), alone) for name in names)
+
+
+def test_every_architecture_that_is_accepted_has_a_model() -> None:
+    assert set(MODELS) == set(ARCHITECTURES)
+
+
+def test_a_context_of_two_tokens_loads(write_tiny_gguf: Any) -> None:
+    assert all_logits(load(write_tiny_gguf(), max_model_len=2), piece(0, 2)).shape == (2, 96)
 
 
 UNSUPPORTED = {

@@ -95,6 +95,12 @@ def test_a_context_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
         plan(24 * GIB, kv_cache_memory_bytes=32 * GIB)
 
 
+@pytest.mark.parametrize("max_model_len", [1, 0, -1])
+def test_a_context_without_room_for_a_request_is_refused(max_model_len: int) -> None:
+    with pytest.raises(ConfigError, match=f"--max-model-len {max_model_len}: .* use at least 2"):
+        plan(24 * GIB, max_model_len=max_model_len)
+
+
 def test_a_context_beyond_the_models_own_is_refused() -> None:
     with pytest.raises(ConfigError, match="--max-model-len 9000: the model was trained for 8192 tokens"):
         plan(24 * GIB, max_model_len=9000)
@@ -102,7 +108,7 @@ def test_a_context_beyond_the_models_own_is_refused() -> None:
 
 @given(
     available_mib=st.integers(1, 100_000),
-    max_model_len=st.none() | st.integers(1, 8192),
+    max_model_len=st.none() | st.integers(2, 8192),
     max_num_seqs=st.integers(1, 512),
     block_size=st.none() | st.integers(1, 64),
     kv_cache_memory_bytes=st.none() | st.integers(1, 2**36),
