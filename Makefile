@@ -17,7 +17,7 @@ help: ## Say what can be made
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	@echo "==> Python environment in $(VENV)"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Octavo needs Python 3.11 or newer; python3 is $$(python3 --version)"; exit 1; }
-	@[ -x $(PYTHON) ] || python3 -m venv $(VENV) || { rm -rf $(VENV); apt-get update -qq && apt-get install -y -qq python3-venv && python3 -m venv $(VENV); }
+	@[ -x $(VENV)/bin/pip ] || python3 -m venv $(VENV) || { rm -rf $(VENV); apt-get update -qq && apt-get install -y -qq python3-venv && python3 -m venv $(VENV); }
 	@$(VENV)/bin/pip install --quiet --constraint constraints.txt uv
 	@$(VENV)/bin/uv pip install --python $(PYTHON) $(addprefix --find-links ,$(WHEELS)) --constraint constraints.txt --editable '.[engine,operator]' --group dev
 	@touch $@
