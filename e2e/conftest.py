@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from octavo_cluster.backend import Cluster
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from octavo_cluster.shell import wait_until
 
 if TYPE_CHECKING:
     from octavo_cluster.backend import Cluster
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
     from octavo_cluster.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from octavo_cluster import shell
+from octavo_cluster.errors import CommandFailed
 from octavo_cluster.kubectl import KUBECTL_CACHE
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from octavo_cluster.images import Image
     from octavo_cluster.kubectl import Kubectl
+    from octavo_cluster.recipe import Image
 
+DOCKER_SECONDS = 20.0
 Health = Literal["absent", "healthy", "sick"]
 
 
@@ -65,8 +67,12 @@ class Cluster(Protocol):
 
 
 def docker_answers() -> bool:
-    """Whether there is a Docker daemon that this user may use."""
-    return shutil.which("docker") is not None and shell.run(["docker", "info"], check=False, timeout=20).returncode == 0
+    """Whether there is a Docker daemon that this user may use, and it answers soon."""
+    try:
+        shell.run(["docker", "info"], timeout=DOCKER_SECONDS)
+    except CommandFailed:
+        return False
+    return True
 
 
 def choose() -> Cluster:

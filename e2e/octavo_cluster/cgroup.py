@@ -76,10 +76,10 @@ class ControlGroup:
         for root in self._roots:
             root.mkdir(exist_ok=True)
         if self._unified:  # the kubelet wants its controllers in the group that it is given
-            here = (self._root / "cgroup.controllers").parent.parent
-            offered = (here / "cgroup.controllers").read_text().split()
+            above = self._root.parent
+            offered = (above / "cgroup.controllers").read_text().split()
             wanted = " ".join(f"+{name}" for name in CONTROLLERS if name in offered)
-            for group in (here, self._root):
+            for group in (above, self._root):
                 (group / "cgroup.subtree_control").write_text(wanted)
         for root in self._roots:
             for name, value in CPU_WEIGHT.items():

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from octavo_cluster import backend, binaries, images, locks, network, node, packages, paths, start, storage
+from octavo_cluster import backend, binaries, buildah, images, locks, network, node, packages, paths, start, storage
 from octavo_cluster.errors import PrerequisiteMissing
 from octavo_cluster.host_node import HOLDER, HostNode
 from octavo_cluster.kubectl import Kubectl
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
 
 
 class HostCluster:
@@ -50,7 +50,8 @@ class HostCluster:
         _check_machine()
         packages.ensure()
         programs = binaries.ensure(binaries.WHOLE_CLUSTER)
-        pause = images.build_pause(programs)
+        pause = images.pause(programs)
+        buildah.ensure(pause)
         with self._changing():
             before = self.status()
             if before.health == "healthy":
@@ -59,7 +60,7 @@ class HostCluster:
                 say(f"    the cluster is not whole ({before.detail}): making it anew")
                 self._remove()
             with step("cluster: starting", expected="about 10 s"):
-                start.Start(self._host, programs, pause).run()
+                start.Start(self._host, programs, pause.image).run()
             self._export()
 
     def down(self) -> None:

@@ -23,7 +23,7 @@ from octavo_cluster.progress import step
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
     from octavo_cluster.site import Site
 
 # Kernel settings of the whole machine that the kubelet changes; its network settings stay in the node's namespace.

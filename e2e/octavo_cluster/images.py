@@ -1,77 +1,30 @@
-"""Container images, built from Dockerfiles by Docker where it answers, else by buildah, and never built twice.
+"""Octavo's container images: what they are built from, and building them by Docker where it answers, else by buildah.
 
-An image's tag is a hash of everything it is built from, so that an unchanged tree builds nothing and a pod never runs
-an older image than the tree's. Where there is no Docker there is no image registry either: images travel as archives,
-and the base image is made by debootstrap.
+An image's tag is a hash of everything it is built from, so that an unchanged tree builds nothing, and a pod never runs
+an older image than the tree's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 import tomllib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo_cluster import backend, binaries, locks, packages, paths, shell
-from octavo_cluster.progress import say, step
+from octavo_cluster import backend, binaries, buildah, paths, shell
+from octavo_cluster.progress import step
+from octavo_cluster.recipe import Image, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
-CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")  # may hold an authority of this network's own
-
-# The same as the public base, as far as the Dockerfiles ask: Debian 12 with its Python 3.11.
-DEBIAN = "bookworm"
-BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates")
-BASE_DROPPED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/lib/apt/lists", "var/cache/apt", "var/log")
-
-KEPT_ARCHIVES = 2  # of each image
-STORAGE_LIMIT = 8 << 30  # bytes of buildah's layers, above which it starts anew
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image by name and content."""
-
-    name: str  # such as octavo/engine
-    tag: str  # hash of what it is built from
-
-    @property
-    def repository(self) -> str:
-        """Its full name without the tag, as pods may call it."""
-        return f"docker.io/{self.name}"
-
-    @property
-    def reference(self) -> str:
-        """Its full name, which means the same to buildah, Docker, containerd and the kubelet."""
-        return f"{self.repository}:{self.tag}"
-
-    @property
-    def archive(self) -> Path:
-        """Where the cache has it where there is no Docker."""
-        return paths.cache_dir() / "images" / f"{self.name.replace('/', '-')}-{self.tag}.tar"
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How an image is built."""
-
-    image: Image
-    dockerfile: Path
-    context: Path
-    expected: str = ""  # how long it is known to take
-    arguments: tuple[tuple[str, str], ...] = ()
-    wheels: Path | None = None  # a folder of wheels that go before the package index
 
 
 def operator() -> Recipe:
     """The operator's image, of this checkout."""
-    return _product("operator", expected="about 30 s", wheels=None)
+    return _product("operator", expected="about 40 s", wheels=None)
 
 
 def engine() -> Recipe:
@@ -80,22 +33,32 @@ def engine() -> Recipe:
     return _product("engine", expected="about 2 min" if wheels else "downloads 3 GB of torch with CUDA", wheels=wheels)
 
 
-def _product(half: str, *, expected: str, wheels: Path | None) -> Recipe:
-    dockerfile = paths.PROJECT / f"Dockerfile.{half}"
-    base = PUBLIC_BASE if backend.docker_answers() else base_image().reference
-    project = tomllib.loads((paths.PROJECT / "pyproject.toml").read_text())["project"]
-    arguments = (("BASE", base), ("VERSION", project["version"]))
-    offered = sorted(wheel.name for wheel in wheels.iterdir()) if wheels else []
-    salt = [*(f"{name}={value}" for name, value in arguments), *offered]
-    tag = content_hash([dockerfile, *context_files(paths.PROJECT)], salt)
+def pause(programs: Path) -> Recipe:
+    """The image whose only program holds a pod's namespaces open."""
     return Recipe(
-        image=Image(f"octavo/{half}", tag),
-        dockerfile=dockerfile,
-        context=paths.PROJECT,
-        expected=expected,
-        arguments=arguments,
-        wheels=wheels,
+        image=Image("octavo/pause", binaries.sources_hash()),
+        dockerfile=paths.TOOLS / "pause" / "Dockerfile",
+        context=programs,
     )
+
+
+def build(recipe: Recipe) -> Image:
+    """Build an image unless it is there.
+
+    Raises:
+        PrerequisiteMissing: neither Docker nor buildah can be used.
+        CommandFailed: the build failed; the message holds the last lines of its log.
+    """
+    if backend.docker_answers():
+        _build_with_docker(recipe)
+    else:
+        buildah.ensure(recipe)
+    return recipe.image
+
+
+def docker_command(recipe: Recipe) -> list[str | Path]:
+    """The command line that builds an image with Docker."""
+    return ["docker", "build", "--progress=plain", *recipe.options(), recipe.context]
 
 
 def context_files(project: Path) -> list[Path]:
@@ -118,158 +81,28 @@ def content_hash(files: Iterable[Path], salt: Sequence[str] = ()) -> str:
     return digest.hexdigest()[:12]
 
 
-def build(recipe: Recipe) -> Image:
-    """Build an image unless it is there.
-
-    Raises:
-        PrerequisiteMissing: neither Docker nor buildah can be used.
-        CommandFailed: the build failed; the message holds the last lines of its log.
-    """
-    if backend.docker_answers():
-        _build_with_docker(recipe)
-    else:
-        _build_archive(recipe)
-    return recipe.image
-
-
-def build_pause(programs: Path) -> Image:
-    """The image whose only program holds a pod's namespaces open."""
-    recipe = Recipe(
-        image=Image("octavo/pause", binaries.sources_hash()),
-        dockerfile=paths.TOOLS / "pause" / "Dockerfile",
-        context=programs,
+def _product(half: str, *, expected: str, wheels: Path | None) -> Recipe:
+    dockerfile = paths.PROJECT / f"Dockerfile.{half}"
+    base = PUBLIC_BASE if backend.docker_answers() else buildah.base_image().reference
+    project = tomllib.loads((paths.PROJECT / "pyproject.toml").read_text())["project"]
+    arguments = (("BASE", base), ("VERSION", project["version"]))
+    offered = sorted(wheel.name for wheel in wheels.iterdir()) if wheels else []
+    salt = [*(f"{name}={value}" for name, value in arguments), *offered]
+    tag = content_hash([dockerfile, *context_files(paths.PROJECT)], salt)
+    return Recipe(
+        image=Image(f"octavo/{half}", tag),
+        dockerfile=dockerfile,
+        context=paths.PROJECT,
+        expected=expected,
+        arguments=arguments,
+        wheels=wheels,
     )
-    _build_archive(recipe)
-    return recipe.image
-
-
-def base_image() -> Image:
-    """What the base image is called where debootstrap makes it."""
-    settings = [DEBIAN, *BASE_PACKAGES, *BASE_DROPPED]
-    return Image("octavo/base", hashlib.sha256("\0".join(settings).encode()).hexdigest()[:12])
-
-
-# ---- Docker
-
-
-def docker_command(recipe: Recipe) -> list[str | Path]:
-    """The command line that builds an image with Docker."""
-    return ["docker", "build", "--progress=plain", *_options(recipe), recipe.context]
 
 
 def _build_with_docker(recipe: Recipe) -> None:
     image = recipe.image
     if shell.run(["docker", "image", "inspect", image.reference], check=False).returncode == 0:
         return
+    image.log.parent.mkdir(parents=True, exist_ok=True)
     with step(f"image {image.name}: building with Docker", expected=recipe.expected):
-        shell.run_logged(docker_command(recipe), _log(image), env=os.environ | {"DOCKER_BUILDKIT": "1"})
-
-
-# ---- buildah
-
-
-def _storage() -> Path:
-    return paths.cache_dir() / "buildah"
-
-
-def buildah(*arguments: str | Path) -> list[str | Path]:
-    """The command line of a buildah that keeps its layers in the cache, and leaves no mount on the machine."""
-    run = _storage() / "run"  # mounts and counts of mounts, which must not outlive them: memory of a namespace
-    return [
-        *("unshare", "--mount", "--propagation=slave"),
-        *("sh", "-euc", 'mount -t tmpfs tmpfs "$0" && exec "$@"', run),
-        *("buildah", "--root", _storage() / "layers", "--runroot", run, "--storage-driver=overlay"),
-        *arguments,
-    ]
-
-
-def buildah_build(recipe: Recipe) -> list[str | Path]:
-    """The command line that builds an image with buildah."""
-    return buildah("build", "--layers", "--isolation=chroot", "--network=host", *_options(recipe), recipe.context)
-
-
-def _build_archive(recipe: Recipe) -> None:
-    image = recipe.image
-    with locks.exclusive(paths.cache_dir() / "buildah.lock", "building images"):
-        if image.archive.exists():
-            os.utime(image.archive)  # the time of last use, by which older ones are dropped
-            return
-        packages.ensure()
-        if ("BASE", base_image().reference) in recipe.arguments:
-            _ensure_base()
-        _storage().joinpath("run").mkdir(parents=True, exist_ok=True)
-        with step(f"image {image.name}: building", expected=recipe.expected):
-            shell.run_logged(buildah_build(recipe), _log(image))
-        with step(f"image {image.name}: writing {image.archive.name}"):
-            image.archive.parent.mkdir(parents=True, exist_ok=True)
-            partial = image.archive.with_suffix(".partial")
-            partial.unlink(missing_ok=True)
-            shell.run(buildah("push", image.reference, f"docker-archive:{partial}:{image.reference}"))
-            partial.replace(image.archive)
-        _drop_older(image)
-
-
-def _options(recipe: Recipe) -> list[str | Path]:
-    options: list[str | Path] = ["--file", recipe.dockerfile, "--tag", recipe.image.reference]
-    for name, value in recipe.arguments:
-        options += ["--build-arg", f"{name}={value}"]
-    if recipe.arguments and CERTIFICATES.exists():
-        options += ["--secret", f"id=ca,src={CERTIFICATES}"]
-    if recipe.wheels:
-        options += ["--build-context", f"wheels={recipe.wheels}"]
-    return options
-
-
-def _ensure_base() -> None:
-    image = base_image()
-    _storage().joinpath("run").mkdir(parents=True, exist_ok=True)
-    if shell.run(buildah("inspect", "--type=image", image.reference), check=False).returncode == 0:
-        return
-    if not image.archive.exists():
-        _debootstrap(image)
-    with tempfile.TemporaryDirectory() as folder, step("image octavo/base: storing"):
-        dockerfile = Path(folder) / "Dockerfile"
-        dockerfile.write_text(f'FROM scratch\nADD {image.archive.name} /\nENV LANG=C.UTF-8\nCMD ["python3"]\n')
-        recipe = Recipe(image=image, dockerfile=dockerfile, context=image.archive.parent)
-        shell.run_logged(buildah_build(recipe), _log(image))
-
-
-def _debootstrap(image: Image) -> None:
-    image.archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix=".debootstrap-") as folder:
-        root = Path(folder) / "root"
-        include = ",".join(BASE_PACKAGES)
-        with step(f"image octavo/base: Debian {DEBIAN} by debootstrap", expected="about 1 min"):
-            shell.run_logged(
-                [
-                    *("unshare", "--mount", "--propagation=slave"),
-                    *("debootstrap", "--variant=minbase", f"--include={include}", DEBIAN, root),
-                ],
-                _log(image),
-            )
-            for name in BASE_DROPPED:
-                shutil.rmtree(root / name, ignore_errors=True)
-                (root / name).mkdir(parents=True)
-            partial = image.archive.with_suffix(".partial")
-            shell.run(["tar", "--create", "--numeric-owner", "--one-file-system", f"--file={partial}", "-C", root, "."])
-            partial.replace(image.archive)
-
-
-def _drop_older(image: Image) -> None:
-    prefix = image.archive.name.removesuffix(f"{image.tag}.tar")
-    archives = sorted(image.archive.parent.glob(f"{prefix}*.tar"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for old in archives[KEPT_ARCHIVES:]:
-        old.unlink()
-        reference = Image(image.name, old.stem.removeprefix(prefix)).reference
-        shell.run(buildah("rmi", reference), check=False)  # it may have gone with the layers
-    used = int(shell.run(["du", "--summarize", "--block-size=1", _storage() / "layers"]).stdout.split()[0])
-    if used > STORAGE_LIMIT:
-        say(f"    buildah's layers take {used / 1e9:.0f} GB: dropping them")
-        shutil.rmtree(_storage() / "layers")
-
-
-def _log(image: Image) -> Path:
-    log = paths.cache_dir() / "logs" / f"{image.name.replace('/', '-')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_bytes(b"")
-    return log
+        shell.run_logged(docker_command(recipe), image.log, env=os.environ | {"DOCKER_BUILDKIT": "1"})

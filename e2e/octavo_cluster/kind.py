@@ -22,7 +22,7 @@ from octavo_cluster.progress import step
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
 
 KIND = "v0.30.0"
 NODE_IMAGE = f"kindest/node:{binaries.KUBERNETES}"

@@ -53,7 +53,7 @@ def ensure() -> None:
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise PrerequisiteMissing(f"{wanted}. Install them (on Debian, as root: apt-get install {' '.join(names)})")
     log = paths.cache_dir() / "logs" / "apt-get.log"
-    log.unlink(missing_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     with step(f"Debian packages: installing {', '.join(names)}", expected="about 1 min"):
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from octavo_cluster import backend, binaries, images, model, packages
 
 if TYPE_CHECKING:
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
 
 
 def build_images() -> tuple[Image, Image]:

@@ -8,7 +8,7 @@ from octavo_cluster import binaries, paths, shell
 
 if TYPE_CHECKING:
     from octavo_cluster.backend import Cluster
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
 
 RELEASE = "octavo"
 OPERATOR_NAMESPACE = "octavo-system"

@@ -71,8 +71,7 @@ def run_logged(
         CommandFailed: it is not there or ended with an error; the message holds the log's last lines.
     """
     words = [str(word) for word in command]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         try:
             done = subprocess.run(
                 words, check=False, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, cwd=cwd

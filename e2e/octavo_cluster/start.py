@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from octavo_cluster.host_node import HostNode
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
 
 DAEMONS = (
     "etcd",

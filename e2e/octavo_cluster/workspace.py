@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from subprocess import CompletedProcess
 
     from octavo_cluster.backend import Cluster
-    from octavo_cluster.images import Image
+    from octavo_cluster.recipe import Image
 
 Json = dict[str, Any]
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from octavo_cluster import images, paths
-from octavo_cluster.images import Image, Recipe
+from octavo_cluster import buildah, images, paths
+from octavo_cluster.recipe import CERTIFICATES, Image, Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +62,7 @@ def recipe(checkout: Path) -> Recipe:
 
 
 def common_options(recipe: Recipe) -> list[str]:
-    secret = ["--secret", f"id=ca,src={images.CERTIFICATES}"] if images.CERTIFICATES.exists() else []
+    secret = ["--secret", f"id=ca,src={CERTIFICATES}"] if CERTIFICATES.exists() else []
     return [
         *("--file", str(recipe.dockerfile), "--tag", "docker.io/octavo/engine:abc", "--build-arg", "BASE=debian"),
         *secret,
@@ -76,7 +76,7 @@ def test_docker_gets_the_dockerfile_the_base_the_certificates_and_the_wheels(rec
 
 
 def test_buildah_gets_the_same_and_leaves_its_mounts_in_a_namespace(recipe: Recipe) -> None:
-    command = [str(word) for word in images.buildah_build(recipe)]
+    command = [str(word) for word in buildah.build_command(recipe)]
     assert command[:3] == ["unshare", "--mount", "--propagation=slave"]
     begin = command.index("build")
     assert command[begin:] == [

@@ -9,8 +9,8 @@ import pytest
 
 from octavo_cluster import backend, binaries, paths
 from octavo_cluster.host import HostCluster
-from octavo_cluster.images import Image
 from octavo_cluster.kind import KindCluster, kind_config
+from octavo_cluster.recipe import Image
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -87,7 +87,7 @@ def traces() -> dict[str, Any]:
 
 def run_a_pod(cluster: HostCluster) -> None:
     """Run something in a container, with a volume and a Service's rules around it."""
-    pause = images.build_pause(binaries.folder())
+    pause = images.pause(binaries.folder()).image
     container = {
         "name": "pause",
         "image": pause.reference,
@@ -195,4 +195,4 @@ def test_a_daemon_that_ends_at_once_is_told_with_its_last_words(machine_cluster:
     (programs / "etcd").chmod(0o755)
 
     with pytest.raises(HarnessError, match=r"(?s)etcd.*there is no disk"):
-        Start(HostNode(SITE), programs, images.build_pause(binaries.folder())).run()
+        Start(HostNode(SITE), programs, images.pause(binaries.folder()).image).run()
