@@ -105,8 +105,9 @@ def _build(names: list[str], home: Path) -> None:
 
         title = f"Go tools: building {', '.join(names) if len(names) <= len(API_SERVER) else f'{len(names)} programs'}"
         with step(title, expected=_expected(names), detail=built):
+            # Images are built beside it, which mostly wait for networks: they go first.
             shell.run_logged(
-                [go, "install", "-trimpath", f"-ldflags={_ldflags()}", *(PACKAGES[name] for name in names)],
+                ["nice", go, "install", "-trimpath", f"-ldflags={_ldflags()}", *(PACKAGES[name] for name in names)],
                 out / "log",
                 env=os.environ | {"GOBIN": str(out), "CGO_ENABLED": "0"},
                 cwd=paths.TOOLS,
