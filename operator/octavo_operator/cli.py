@@ -8,17 +8,16 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from octavo_operator import __version__, names, yaml_text
+from octavo_operator.api.base import explain
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired import children
 from octavo_operator.errors import SpecInvalid
-
-_UNKNOWN_FIELD: Final = "extra_forbidden"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,18 +86,6 @@ def read(document: dict[str, Any]) -> InferenceService:
         name = metadata.get("name", "") if isinstance(metadata, dict) else ""
         lines = "".join(f"\n  {line}" for line in explain(error))
         raise SpecInvalid(f'the InferenceService "{name}" is invalid:{lines}') from error
-
-
-def explain(error: ValidationError) -> list[str]:
-    """Pydantic's findings, a line each: the field's path and what to do about it."""
-    lines = []
-    for finding in error.errors(include_url=False, include_input=False):
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"]).lstrip(".")
-        message = finding["msg"].removeprefix("Value error, ")
-        if finding["type"] == _UNKNOWN_FIELD:
-            message = "unknown field"
-        lines.append(f"{path}: {message}" if path else message)
-    return lines
 
 
 def _documents(text: str, filename: str) -> Iterator[dict[str, Any]]:

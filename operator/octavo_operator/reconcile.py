@@ -20,9 +20,9 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from octavo_operator import events, metrics, names, status
+from octavo_operator.api.base import explain
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.cache import Cache
-from octavo_operator.cli import explain
 from octavo_operator.decide import REPLICAS_MANAGER, Plan, decide
 from octavo_operator.desired import children
 from octavo_operator.errors import ApiError, Forbidden, NotFound, OperatorError, Refused, SpecInvalid

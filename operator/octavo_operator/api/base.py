@@ -21,6 +21,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     Strict,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
@@ -29,6 +30,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 CEL_KEYWORD: Final = "x-kubernetes-validations"
+_UNKNOWN_FIELD: Final = "extra_forbidden"
 
 T = TypeVar("T")
 
@@ -184,3 +186,15 @@ def quantity_value(quantity: str) -> Decimal:
     match = _QUANTITY.fullmatch(quantity)
     assert match is not None, quantity
     return Decimal(match[1]) * _FACTORS[match[2]]
+
+
+def explain(error: ValidationError) -> list[str]:
+    """Pydantic's findings, a line each: the field's path and what to do about it."""
+    lines = []
+    for finding in error.errors(include_url=False, include_input=False):
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"]).lstrip(".")
+        message = finding["msg"].removeprefix("Value error, ")
+        if finding["type"] == _UNKNOWN_FIELD:
+            message = "unknown field"
+        lines.append(f"{path}: {message}" if path else message)
+    return lines
