@@ -92,6 +92,8 @@ def _run(options: argparse.Namespace) -> None:
             raise ConfigError("there is no prompt: give one as an argument, or write it to standard input")
     _pull_if_missing(location)
     config = _engine_config(options, location, (location.name,))
+    if sys.stderr.isatty():
+        print(f"loading {location.name} ...", file=sys.stderr)
     with Chat(config, temperature=options.temperature, system=options.system) as chat:
         if prompt:
             print_answer(chat, prompt)
