@@ -97,18 +97,20 @@ def _build(names: list[str], home: Path) -> None:
     if go is None:
         raise PrerequisiteMissing("Go is not on PATH: install Go 1.24 or newer (https://go.dev/dl)")
     home.mkdir(parents=True, exist_ok=True)
+    log = paths.cache_dir() / "logs" / "go-install.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".building-") as temporary:
         out = Path(temporary)
 
         def built() -> str:
-            return f"{sum(1 for file in out.iterdir() if file.name != 'log')} of {len(names)} programs linked"
+            return f"{len(list(out.iterdir()))} of {len(names)} programs linked"
 
         title = f"Go tools: building {', '.join(names) if len(names) <= len(API_SERVER) else f'{len(names)} programs'}"
         with step(title, expected=_expected(names), detail=built):
             # Images are built beside it, which mostly wait for networks: they go first.
             shell.run_logged(
                 ["nice", go, "install", "-trimpath", f"-ldflags={_ldflags()}", *(PACKAGES[name] for name in names)],
-                out / "log",
+                log,
                 env=os.environ | {"GOBIN": str(out), "CGO_ENABLED": "0"},
                 cwd=paths.TOOLS,
             )
