@@ -47,6 +47,10 @@ test: lint ## Everything CI runs: lint, unit, API server, e2e on a real cluster
 test-unit: venv ## Only the tests that need neither the model nor an API server nor a cluster
 	@$(PYTHON) -m pytest -m "not model and not apiserver and not e2e"
 
+.PHONY: bench
+bench: venv ## Octavo beside llama.cpp, vLLM and transformers on this machine (sets them up at first; ARGS=--help)
+	@PYTHONPATH=e2e:benchmarks $(PYTHON) -m octavo_bench $(ARGS)
+
 .PHONY: lint
 lint: venv ## ruff, mypy strict, import-linter, generated files up to date
 	@$(VENV)/bin/ruff check

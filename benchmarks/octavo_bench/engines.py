@@ -1,0 +1,258 @@
+"""How each engine is started, where it says that it is ready, and how it is asked for log probabilities.
+
+Every engine gets the threads of the whole machine, 32 users' worth of cache at 1,024 tokens each, and nothing that only
+helps a benchmark. Caches of prompts stay as each engine has them by default: no two prompts of the measured work share
+a prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from octavo_bench import peers, processes
+from octavo_cluster.errors import CommandFailed
+from octavo_cluster.shell import tail, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+MODEL_NAME: Final = "smollm2"  # under which every engine serves it
+NUM_USERS: Final = 32  # the most that any cell has
+_CONTEXT: Final = 1024  # tokens of one user
+_START_SECONDS: Final = 900.0  # vLLM compiles
+_STOP_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """What an engine says of the token after a prompt."""
+
+    logprob: float  # of the token that was asked about
+    top: Mapping[int, float]  # the likeliest token ids -> their log probabilities
+
+
+class Dialect(Protocol):
+    """How an engine is asked for a NextToken."""
+
+    path: str
+
+    def body(self, prompt: Sequence[int], target: int, num_top: int) -> dict[str, Any]:
+        """A request that generates `target` after the prompt and tells the likeliest tokens."""
+
+    def read(self, answer: dict[str, Any]) -> NextToken:
+        """The engine's answer."""
+
+
+class OpenAIDialect:
+    """/v1/completions of vLLM and Octavo, with vLLM's way of naming tokens by id. A bias of 100 forces the token."""
+
+    path = "/v1/completions"
+
+    def body(self, prompt: Sequence[int], target: int, num_top: int) -> dict[str, Any]:
+        """As in Dialect."""
+        return {
+            "model": MODEL_NAME,
+            "prompt": list(prompt),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logit_bias": {str(target): 100},
+            "logprobs": num_top,
+            "return_tokens_as_token_ids": True,
+        }
+
+    def read(self, answer: dict[str, Any]) -> NextToken:
+        """As in Dialect."""
+        logprobs = answer["choices"][0]["logprobs"]
+        top = {int(name.removeprefix("token_id:")): value for name, value in logprobs["top_logprobs"][0].items()}
+        return NextToken(logprobs["token_logprobs"][0], top)
+
+
+class LlamaCppDialect:
+    """llama-server's own /completion: log probabilities of the raw logits, tokens by id."""
+
+    path = "/completion"
+
+    def body(self, prompt: Sequence[int], target: int, num_top: int) -> dict[str, Any]:
+        """As in Dialect."""
+        return {
+            "prompt": list(prompt),
+            "n_predict": 1,
+            "temperature": 0,
+            "logit_bias": [[target, 100.0]],
+            "n_probs": num_top,
+        }
+
+    def read(self, answer: dict[str, Any]) -> NextToken:
+        """As in Dialect."""
+        (first,) = answer["completion_probabilities"]
+        return NextToken(first["logprob"], {top["id"]: top["logprob"] for top in first["top_logprobs"]})
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One row of the table."""
+
+    name: str
+    is_octavo: bool
+    weights: str  # which form of the model it computes with, for readers
+    bytes_per_step: int  # weights that one step reads
+    command: Sequence[str | Path]  # without the port
+    dialect: Dialect
+    environment: Mapping[str, str] = field(default_factory=dict)
+    health: str = "/health"  # 200 once requests are taken
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running engine."""
+
+    engine: Engine
+    url: str
+    pid: int
+    started: float  # time.perf_counter() when its process was started
+
+
+def all_engines(names: Sequence[str], weights: peers.Weights) -> list[Engine]:
+    """The engines of these names, in that order; sets up what they need."""
+    makers = {
+        "octavo": lambda: _octavo("octavo", weights, "auto"),
+        "octavo-bf16": lambda: _octavo("octavo-bf16", weights, "bfloat16"),
+        "llama.cpp-Q4_0": lambda: _llama_cpp("llama.cpp-Q4_0", weights.q4_0, "Q4_0, made from the float32 form"),
+        "llama.cpp-Q4_1": lambda: _llama_cpp("llama.cpp-Q4_1", weights.stored, "Q4_1, the same file as Octavo's"),
+        "vllm-bf16": lambda: _vllm("vllm-bf16", weights, "bfloat16"),
+        "vllm-f32": lambda: _vllm("vllm-f32", weights, "float32"),
+    }
+    return [makers[name]() for name in names]
+
+
+NAMES: Final = ("octavo", "octavo-bf16", "llama.cpp-Q4_0", "llama.cpp-Q4_1", "vllm-bf16", "vllm-f32")
+
+
+def _octavo(name: str, weights: peers.Weights, dtype: str) -> Engine:
+    octavo = Path(sys.executable).with_name("octavo")
+    return Engine(
+        name=name,
+        is_octavo=True,
+        weights=f"Q4_1, --dtype {dtype}",
+        bytes_per_step=weights.stored.stat().st_size,
+        command=_vllms_words(octavo, weights.stored, dtype),
+        dialect=OpenAIDialect(),
+        health="/ready",
+    )
+
+
+def _llama_cpp(name: str, model: Path, what: str) -> Engine:
+    threads = str(os.cpu_count() or 1)
+    return Engine(
+        name=name,
+        is_octavo=False,
+        weights=what,
+        bytes_per_step=model.stat().st_size,
+        command=[
+            *(peers.llama_cpp("llama-server"), "--model", model, "--alias", MODEL_NAME, "--host", "127.0.0.1"),
+            *("--threads", threads, "--parallel", str(NUM_USERS), "--ctx-size", str(NUM_USERS * _CONTEXT)),
+        ],
+        dialect=LlamaCppDialect(),
+    )
+
+
+def _vllm(name: str, weights: peers.Weights, dtype: str) -> Engine:
+    width = {"bfloat16": 2, "float32": 4}[dtype]
+    return Engine(
+        name=name,
+        is_octavo=False,
+        weights=f"{dtype}, from the float32 form",
+        bytes_per_step=(weights.transformers / "model.safetensors").stat().st_size * width // 4,
+        command=_vllms_words(peers.vllm(), weights.transformers, dtype),
+        dialect=OpenAIDialect(),
+        environment={
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+            "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; 32 users of 1,024 tokens need 0.7 in bfloat16, 1.4 in float32
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
+    )
+
+
+def _vllms_words(program: Path, model: Path, dtype: str) -> list[str | Path]:
+    """A command line that vLLM and Octavo have in common."""
+    return [
+        *(program, "serve", model, "--served-model-name", MODEL_NAME, "--dtype", dtype),
+        *("--host", "127.0.0.1", "--max-model-len", str(_CONTEXT)),
+    ]
+
+
+@contextlib.contextmanager
+def serving(engine: Engine, log: Path) -> Iterator[Server]:
+    """Start an engine, wait until it takes requests, and end it with everything that it started.
+
+    Raises:
+        CommandFailed: it ended before it was ready.
+        NotReady: it took too long.
+    """
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    started = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(word) for word in (*engine.command, "--port", str(port))],
+            env={**os.environ, **engine.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+
+    def missing() -> str | None:
+        if process.poll() is not None:
+            ending = tail(log.read_text(errors="replace"))
+            raise CommandFailed(f"{engine.name}: exit status {process.returncode}; {log} ends with\n{ending}")
+        return _unready(url + engine.health)
+
+    family: list[int] = []
+    try:
+        wait_until(missing, what=engine.name, seconds=_START_SECONDS, poll=0.02)
+        yield Server(engine, url, process.pid, started)
+    finally:
+        family = processes.tree(process.pid)
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        _end_stragglers(family)
+
+
+def _end_stragglers(pids: Sequence[int]) -> None:
+    """An engine that leaves its children behind would slow the next one down."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 9)
+
+
+def _unready(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - our own address
+            return None
+    except urllib.error.HTTPError as error:
+        return f"{url}: {error.code} {error.read()[:200].decode(errors='replace')}"
+    except (OSError, json.JSONDecodeError) as error:
+        return f"{url}: {error}"
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
