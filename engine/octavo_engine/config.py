@@ -30,6 +30,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # token budget of one step, decodes and prefill chunks together
     block_size: int | None = None  # KV slots in a block; None: 8 on CPU, 16 on GPU
     kv_cache_memory_bytes: int | None = None  # for KV blocks; None: a share of what the cgroup or the GPU has free
+    enable_prefix_caching: bool = True  # keep KV of ended requests while memory lasts, for prompts that begin alike
     seed: int = 0  # seeds the sampling of requests that bring no seed of their own
 
     def __post_init__(self) -> None:

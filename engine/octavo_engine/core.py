@@ -85,13 +85,18 @@ def deliver(messages: Iterable[ToEngine], scheduler: Scheduler) -> tuple[Request
                 try:
                     scheduler.add(message)
                 except RequestInvalid as error:
-                    refusals.append(
+                    refusals += [
                         RequestUpdate(
-                            request_id=message.request_id, token_ids=(), finish_reason="error", error=str(error)
+                            request_id=message.request_id,
+                            choice=choice,
+                            token_ids=(),
+                            finish_reason="error",
+                            error=str(error),
                         )
-                    )
+                        for choice in range(message.num_choices)
+                    ]
             case AbortRequest():
-                scheduler.abort(message.request_id)
+                scheduler.abort(message.request_id, message.choice)
             case Shutdown():
                 raise ShutdownRequested
     return tuple(refusals)

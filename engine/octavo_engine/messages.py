@@ -28,12 +28,15 @@ class AddRequest(Message, frozen=True):
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    num_choices: int = 1  # answers to generate, at most max_num_seqs; they share the prompt's KV
+    priority: int = 0  # lower goes first in admission and is preempted last; of equal ones, who came first
 
 
 class AbortRequest(Message, frozen=True):
     """Stop a request (client gone, or a stop string was found). Unknown ids are ignored: it may just have ended."""
 
     request_id: str
+    choice: int | None = None  # stop this one alone; None: all of them
 
 
 class Shutdown(Message, frozen=True):
@@ -70,13 +73,15 @@ class Refused(Message, frozen=True):
     facts: dict[str, int | float | str]
 
 
-class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step brought one request."""
+class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step brought one choice of a request. Each choice ends by itself."""
 
     request_id: str
+    choice: int = 0  # 0 .. num_choices - 1
     token_ids: tuple[int, ...]  # new tokens in order; a final EOS or stop token is included
     finish_reason: FinishReason | None = None  # set on the last update
     error: str | None = None  # with finish_reason "error"
+    num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache; the same in every update
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):

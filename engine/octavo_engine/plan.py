@@ -7,6 +7,7 @@ a test by hand and, later, be sent to other tensor-parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,6 +40,15 @@ class ScheduledRequest(msgspec.Struct, frozen=True):
     block_ids: tuple[int, ...]  # the block table: block i holds positions [i * block_size, (i + 1) * block_size)
     needs_token: bool  # the last of token_ids is the request's newest token, so a next token is sampled after it
     sampling: SamplingParams
+    choice: int = 0  # which of the request's n answers this is; the first of them while they share one entry
+    num_choices: int = 1  # with needs_token: draw the first tokens of `choice` .. `choice + num_choices - 1` at once
+    known_token_ids: Sequence[int] = ()  # prompt and output so far, for penalties: a view, good until the step is over
+    num_prompt_tokens: int = 0  # so many of known_token_ids are the prompt
+
+    @property
+    def choices(self) -> range:
+        """The choices that a token is drawn for, if needs_token is set."""
+        return range(self.choice, self.choice + self.num_choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,7 @@ class StepPlan:
 
     step: int  # counts from 0
     requests: tuple[ScheduledRequest, ...]
+    copies: tuple[tuple[int, int], ...] = ()  # (source, destination) blocks, to be copied before anything is stored
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +67,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """What a step produced for one request that had needs_token set: exactly one of the two fields is set."""
+    """What a step produced for one choice of a request with needs_token set: exactly one of the two fields is set."""
 
     token_id: int | None = None
     error: str | None = None  # why this request alone fails (NaN logits); the others are not touched
@@ -64,17 +75,17 @@ class RequestResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The answer to a StepPlan: one entry for each request with needs_token set."""
+    """The answer to a StepPlan."""
 
     step: int
-    results: dict[str, RequestResult]  # by request id
+    results: tuple[RequestResult, ...]  # in the order of the plan: one for each choice of each request with needs_token
 
 
 class Runner(Protocol):
     """What computes a step: the model with its KV cache (runner.py), or a fake in the tests of the loop."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute every token of the plan and sample for each request with needs_token set.
+        """Copy blocks, compute every token of the plan and sample for each choice of each request with needs_token.
 
         What fails for one request alone is told in its RequestResult; what this raises ends the engine process.
         """

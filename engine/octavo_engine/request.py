@@ -4,6 +4,9 @@ Made and mutated by the scheduler (scheduler.py) and by nobody else; knows nothi
 
 There are no phases: `num_computed_tokens` chases `len(token_ids)`. A request that lags by one token decodes, one that
 lags by more prefills, and preemption only sets `num_computed_tokens` back to zero.
+
+A request for several answers is one Request until its prompt is computed. Then it forks into its choices, each a
+Request of its own from there on; they share the id and, at first, every block.
 """
 
 from __future__ import annotations
@@ -31,16 +34,22 @@ class Request:
 
     request_id: str
     arrival: int  # place in the order in which requests were added
+    priority: int = 0  # lower goes first
+    choice: int = 0  # which of the request's answers
+    num_choices: int = 1  # answers still to be forked off, this one included
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     stop_token_ids: frozenset[int]  # any of these ends the request with "stop"
     max_num_tokens: int  # prompt + output; reaching it ends the request with "length"
+    order: tuple[int, int, int] = field(init=False)  # unique; who comes first is served first and preempted last
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)  # the prompt, then the output
     num_computed_tokens: int = 0  # tokens whose KV is in the cache; below len(token_ids) until the request finishes
     block_ids: tuple[int, ...] = ()  # the block table; empty unless RUNNING
+    shares_last_block: bool = False  # the last block has free slots and was other choices' too when this one forked
 
     def __post_init__(self) -> None:
+        self.order = (self.priority, self.arrival, self.choice)
         self.token_ids = list(self.prompt_token_ids)
 
     @property
@@ -57,6 +66,28 @@ class Request:
     def output_token_ids(self) -> tuple[int, ...]:
         """The tokens generated so far."""
         return tuple(self.token_ids[len(self.prompt_token_ids) :])
+
+    def fork(self) -> list[Request]:
+        """Split into the choices, this one first; they hold the same block table, which the caller has to count."""
+        num_choices, self.num_choices = self.num_choices, 1
+        others = [
+            Request(
+                request_id=self.request_id,
+                arrival=self.arrival,
+                priority=self.priority,
+                choice=choice,
+                prompt_token_ids=self.prompt_token_ids,
+                sampling=self.sampling,
+                stop_token_ids=self.stop_token_ids,
+                max_num_tokens=self.max_num_tokens,
+                status=self.status,
+                num_computed_tokens=self.num_computed_tokens,
+                block_ids=self.block_ids,
+                shares_last_block=self.shares_last_block,
+            )
+            for choice in range(self.choice + 1, self.choice + num_choices)
+        ]
+        return [self, *others]
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token; return why the request ends with it, or None if it goes on."""

@@ -51,23 +51,28 @@ class ModelRunner:
         self._seed = seed
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute every token of the plan and sample for each request with needs_token set."""
+        """Compute every token of the plan and sample for each choice of each request with needs_token set."""
         asking = [request for request in plan.requests if request.needs_token]
-        draws = [sampler.draw_for(request, self._seed) for request in asking]
+        rows = [(row, choice) for row, request in enumerate(asking) for choice in request.choices]
+        draws = [sampler.draw_for(asking[row], self._seed, choice) for row, choice in rows]
         with torch.inference_mode():
             logits = self.forward(plan)
+            if len(draws) > len(asking):  # choices that begin: several draws from one row
+                logits = logits[[row for row, _ in rows]]
             results = sampler.sample(logits, draws) if asking else []
-        return StepResult(plan.step, {request.request_id: row for request, row in zip(asking, results, strict=True)})
+        return StepResult(plan.step, tuple(results))
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
-        """Compute every token of the plan, without sampling.
+        """Copy blocks and compute every token of the plan, without sampling.
 
         Returns:
             Logits [S, V] in the compute dtype, after the last token of each request with needs_token set, or after
             every token of the plan.
         """
         step = build_step(plan, block_size=self._block_size, device=self._device)
+        if plan.copies:
+            self._attention.copy_blocks(plan.copies)
         self._attention.begin_step(step.attention)
         rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.last_rows
         return self._model.forward(step.input_ids, step.positions, rows)

@@ -3,8 +3,9 @@
 It knows logits and sampling parameters, and nothing of models or requests' histories.
 
 Order of the rules: temperature, min-p, top-k, top-p (as vLLM has it); each works on what the one before left. A draw
-takes one uniform number from (seed, position) and inverts the cumulative distribution with it. So a token depends on
-its own row of logits, its parameters, its seed and its position, and on nothing else in the batch.
+takes one uniform number from (seed, choice, position) and inverts the cumulative distribution with it. So a token
+depends on its own row of logits, its parameters, its seed, its choice (which of n answers) and its position, and on
+nothing else in the batch.
 
 Shapes: S rows, one for each token to choose; V vocabulary.
 """
@@ -35,12 +36,12 @@ class Draw:
     uniform: float  # in [0, 1)
 
 
-def draw_for(request: ScheduledRequest, engine_seed: int) -> Draw:
-    """The draw of the token after the last one of `request`."""
+def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Draw:
+    """The draw of the token after the last one of `request`, for one of its choices."""
     sampling = request.sampling
     seed = str(sampling.seed) if sampling.seed is not None else f"{engine_seed}/{request.request_id}"
     position = request.num_computed_tokens + len(request.token_ids)
-    digest = hashlib.blake2b(f"{seed}@{position}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}#{choice}@{position}".encode(), digest_size=8).digest()
     return Draw(sampling, (int.from_bytes(digest) >> (64 - _UNIFORM_BITS)) / 2**_UNIFORM_BITS)
 
 

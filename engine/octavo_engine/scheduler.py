@@ -7,10 +7,10 @@ There are no phases: every running request lags behind its known tokens, and a s
 `max_num_batched_tokens` given to those that lag:
 
 1. Decodes (one token behind), all of them. `max_num_batched_tokens >= max_num_seqs`, so there is always room.
-2. Admissions, first come first served, while a seat (`max_num_seqs`) is free and the KV of all tokens known so far fits
-   now and leaves each running request one block to grow into. (Where the pool is too small for the load, that block
-   spares about two thirds of the recomputation for 1 to 2 % more steps.) Their blocks are taken at once, so a prefill
-   that has begun never runs out of blocks.
+2. Admissions in order, while a seat (`max_num_seqs`) is free and the KV of all tokens known so far fits now and leaves
+   each running request one block to grow into. (Where the pool is too small for the load, that block spares about two
+   thirds of the recomputation for 1 to 2 % more steps.) Their blocks are taken at once, so a prefill that has begun
+   never runs out of blocks. A request for n answers takes n seats, and blocks for its prompt alone.
 3. Prefills share what is left after the decodes, the shortest remaining first, but the oldest of them is sure of one
    part in OLDEST_PREFILL_PARTS of it.
 
@@ -23,15 +23,20 @@ So long prompts get what is left after decodes and short prompts, and nobody sta
   admitted, a prompt is done after at most the sum of ceil(n / F) steps over itself and the unfinished prompts admitted
   before it, n their uncomputed tokens, however many arrive later.
 
-When a decode finds no free block, the latest-admitted running request is preempted: its blocks are freed, and it waits
-at the head of the queue to be recomputed. So running and waiting requests together are always in order of arrival, and
-the oldest is never preempted: every request fits alone, it runs to its end, and then the next one is the oldest.
+"In order" is by priority (lower first), then arrival, then choice. When a decode finds no free block, the running
+request that is last in order is preempted: its blocks are freed, and it waits in its place in the queue to be
+recomputed. So the first in order is never preempted: every request fits alone, it runs to its end, and then the next
+one is the first. Of one priority, running and waiting requests together are always in order of arrival.
+
+Once its prompt is computed, a request for n answers forks: its choices hold the same blocks, and each but the last one
+to write copies the partly filled last block first, by the plan's `copies`.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, insort
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from octavo_engine.errors import RequestInvalid
@@ -42,9 +47,11 @@ from octavo_engine.request import Request, RequestStatus
 
 if TYPE_CHECKING:
     from octavo_engine.messages import AddRequest, FinishReason
-    from octavo_engine.plan import StepResult
+    from octavo_engine.plan import RequestResult, StepResult
 
 OLDEST_PREFILL_PARTS = 4
+
+_order = attrgetter("order")
 
 
 class Scheduler:
@@ -76,9 +83,12 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
-        self._requests: dict[str, Request] = {}  # every living request
-        self._running: list[Request] = []  # in order of admission, which is the order of arrival
-        self._waiting: deque[Request] = deque()  # in order of arrival; preempted requests at the head
+        self._requests: dict[str, list[Request]] = {}  # the living choices of every request
+        self._running: list[Request] = []  # in order
+        self._waiting: list[Request] = []  # in order
+        self._num_free_seats = max_num_seqs
+        self._in_step: list[Request] = []  # those of the plan that is under way, in its order
+        self._copies: list[tuple[int, int]] = []  # of the plan that is being made
         self._num_added = 0
         self._num_preemptions = 0
         self._step = 0
@@ -92,7 +102,8 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            RequestInvalid: the prompt is empty, or leaves no room for a single token of output.
+            RequestInvalid: the prompt is empty or leaves no room for a single token of output, or more answers are
+                asked for than can run at once.
         """
         num_prompt_tokens = len(message.prompt_token_ids)
         if num_prompt_tokens == 0:
@@ -103,65 +114,62 @@ class Scheduler:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        if message.num_choices > self._max_num_seqs:
+            raise RequestInvalid(
+                f"n is {message.num_choices}; this server generates at most {self._max_num_seqs} answers at once",
+                param="n",
+            )
         assert message.request_id not in self._requests, f"request id {message.request_id} is in use"
         sampling = message.sampling
         stop_token_ids = frozenset(sampling.stop_token_ids)
         request = Request(
             request_id=message.request_id,
             arrival=self._num_added,
+            priority=message.priority,
+            num_choices=message.num_choices,
             prompt_token_ids=message.prompt_token_ids,
             sampling=sampling,
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
             max_num_tokens=min(num_prompt_tokens + sampling.max_tokens, self._max_model_len),
         )
         self._num_added += 1
-        self._requests[request.request_id] = request
-        self._waiting.append(request)
+        self._requests[request.request_id] = [request]
+        insort(self._waiting, request, key=_order)
 
-    def abort(self, request_id: str) -> None:
-        """Drop a request and free its blocks, between two steps; no update follows. Unknown ids are ignored."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return
-        (self._running if request.status is RequestStatus.RUNNING else self._waiting).remove(request)
-        self._finish(request)
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """Drop a request, or one of its choices, and free its blocks, between two steps; no update follows.
+
+        Ids of requests that are not living are ignored, and so are choices that are not, or not yet (before the fork).
+        """
+        for request in list(self._requests.get(request_id, ())):
+            if choice is None or (request.choice == choice and request.num_choices == 1):
+                queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
+                del queue[bisect_left(queue, request.order, key=_order)]
+                self._finish(request)
 
     def schedule(self) -> StepPlan | None:
         """Choose the work of the next step; None if there are no requests."""
+        self._in_step, self._copies = [], []
         scheduled, prefills = self._schedule_decodes()
         self._admit(prefills)
         if prefills:
             scheduled += self._schedule_prefills(prefills, self._max_num_batched_tokens - len(scheduled))
-        return StepPlan(self._step, tuple(scheduled)) if scheduled else None
+        return StepPlan(self._step, tuple(scheduled), tuple(self._copies)) if scheduled else None
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
-        """Take in what a step computed and sampled; one update for each request with needs_token set."""
+        """Take in what a step computed and sampled; one update for each result."""
         assert result.step == plan.step == self._step, "steps are taken back in order"
         self._step += 1
         updates = []
-        any_finished = False
-        for scheduled in plan.requests:
-            request = self._requests[scheduled.request_id]
+        results = iter(result.results)
+        for request, scheduled in zip(self._in_step, plan.requests, strict=True):
             request.num_computed_tokens += len(scheduled.token_ids)
             if not scheduled.needs_token:
                 continue
-            row = result.results[scheduled.request_id]
-            if row.token_id is None:
-                finish_reason: FinishReason | None = "error"
-            else:
-                finish_reason = request.append(row.token_id)
-            if finish_reason is not None:
-                self._finish(request)
-                any_finished = True
-            updates.append(
-                RequestUpdate(
-                    request_id=request.request_id,
-                    token_ids=() if row.token_id is None else (row.token_id,),
-                    finish_reason=finish_reason,
-                    error=row.error,
-                )
-            )
-        if any_finished:
+            choices = (request,) if request.num_choices == 1 else self._fork(request)
+            updates += [self._take(choice, next(results)) for choice in choices]
+        assert next(results, None) is None, "more results than were asked for"
+        if any(update.finish_reason for update in updates):
             self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
         return tuple(updates)
 
@@ -172,17 +180,22 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_used_blocks=self._kv.num_used_blocks,
             num_blocks=self._kv.num_blocks,
-            num_used_slots=sum(request.num_computed_tokens for request in self._running),
+            num_used_slots=self._num_used_slots(),
             num_preemptions=self._num_preemptions,
             step=self._step,
         )
 
     def check_integrity(self) -> None:
         """Assert, between two steps, that queues, requests and blocks agree. O(blocks + requests)."""
-        alive = [*self._running, *self._waiting]
-        assert {request.request_id: request for request in alive} == self._requests, "a living request is in no queue"
-        assert all(a.arrival < b.arrival for a, b in pairwise(alive)), "out of order of arrival"
-        assert len(self._running) <= self._max_num_seqs, "more requests run than there are seats"
+        alive = sorted([*self._running, *self._waiting], key=_order)
+        assert alive == sorted((r for choices in self._requests.values() for r in choices), key=_order), (
+            "the queues do not hold the living requests"
+        )
+        for queue in (self._running, self._waiting):
+            assert all(a.order < b.order for a, b in pairwise(queue)), "a queue is out of order"
+        num_seats = sum(request.num_choices for request in self._running)
+        assert num_seats + self._num_free_seats == self._max_num_seqs, "seats are lost or taken twice"
+        assert self._num_free_seats >= 0, "more requests run than there are seats"
         for request in self._running:
             assert request.status is RequestStatus.RUNNING, f"{request.request_id} runs as {request.status}"
             assert request.num_uncomputed_tokens > 0, f"{request.request_id} has nothing to compute"
@@ -203,42 +216,67 @@ class Scheduler:
             num_tokens = len(request.token_ids)
             if num_tokens - request.num_computed_tokens > 1:
                 prefills.append(request)
-            elif num_tokens <= len(request.block_ids) * block_size or self._grow(request):
-                newest = (request.token_ids[-1],)
-                decodes.append(
-                    ScheduledRequest(
-                        request.request_id, newest, num_tokens - 1, request.block_ids, True, request.sampling
-                    )
-                )
+            elif (
+                num_tokens <= len(request.block_ids) * block_size and not request.shares_last_block
+            ) or self._make_room(request):
+                decodes.append(self._entry(request, (request.token_ids[-1],), needs_token=True))
         return decodes, prefills
 
-    def _grow(self, request: Request) -> bool:
-        """Give a running request slots for all its tokens, if need be by preemption; False if that hit itself."""
-        while (block_ids := self._kv.allocate(request.block_ids, request.num_tokens)) is None:
+    def _entry(self, request: Request, token_ids: tuple[int, ...], *, needs_token: bool) -> ScheduledRequest:
+        """Put a request into the step."""
+        self._in_step.append(request)
+        return ScheduledRequest(
+            request.request_id,
+            token_ids,
+            request.num_computed_tokens,
+            request.block_ids,
+            needs_token,
+            request.sampling,
+            request.choice,
+            request.num_choices,
+            request.token_ids,
+            len(request.prompt_token_ids),
+        )
+
+    def _make_room(self, request: Request) -> bool:
+        """Give a decode a slot that it may write, if need be by preemption; False if that hit itself."""
+        while (block_ids := self._writable(request)) is None:
             victim = self._running.pop()
             self._release(victim)
             victim.status = RequestStatus.WAITING
-            self._waiting.appendleft(victim)
+            insort(self._waiting, victim, key=_order)
             self._num_preemptions += 1
             if victim is request:
                 return False
+        if request.shares_last_block and block_ids is not request.block_ids:
+            self._copies.append((request.block_ids[-1], block_ids[-1]))
+        request.shares_last_block = False
         request.block_ids = block_ids
         return True
 
+    def _writable(self, request: Request) -> tuple[int, ...] | None:
+        """The block table with a slot for the newest token that no other table has; None if no block is free."""
+        if request.shares_last_block:
+            return self._kv.make_last_private(request.block_ids)
+        return self._kv.allocate(request.block_ids, request.num_tokens)
+
     def _admit(self, prefills: list[Request]) -> None:
-        """Move waiting requests to the running ones and to `prefills`, first come first served, while they fit."""
-        while self._waiting and len(self._running) < self._max_num_seqs:
+        """Move waiting requests to the running ones and to `prefills`, in order, while they fit."""
+        while self._waiting and self._waiting[0].num_choices <= self._num_free_seats:
             request = self._waiting[0]
-            block_ids = self._kv.allocate((), request.num_tokens, num_spare_blocks=len(self._running))
+            num_spare_blocks = self._max_num_seqs - self._num_free_seats
+            block_ids = self._kv.allocate((), request.num_tokens, num_spare_blocks=num_spare_blocks)
             if block_ids is None:
                 break
+            del self._waiting[0]
             request.block_ids = block_ids
             request.status = RequestStatus.RUNNING
-            self._running.append(self._waiting.popleft())
-            prefills.append(request)
+            self._num_free_seats -= request.num_choices
+            insort(self._running, request, key=_order)
+            insort(prefills, request, key=_order)
 
     def _schedule_prefills(self, prefills: list[Request], budget: int) -> list[ScheduledRequest]:
-        """Share `budget` > 0 tokens among the prefills (in order of arrival) by the rule of the module's docstring."""
+        """Share `budget` > 0 tokens among the prefills (in order) by the rule of the module's docstring."""
         oldest = prefills[0]
         reserved = min(oldest.num_uncomputed_tokens, -(-budget // OLDEST_PREFILL_PARTS))
         budget -= reserved
@@ -252,26 +290,57 @@ class Scheduler:
             budget -= num_tokens
             start = request.num_computed_tokens
             end = start + num_tokens
-            scheduled.append(
-                ScheduledRequest(
-                    request.request_id,
-                    tuple(request.token_ids[start:end]),
-                    start,
-                    request.block_ids,
-                    end == request.num_tokens,
-                    request.sampling,
-                )
-            )
+            token_ids = tuple(request.token_ids[start:end])
+            scheduled.append(self._entry(request, token_ids, needs_token=end == request.num_tokens))
         return scheduled
 
+    def _fork(self, request: Request) -> list[Request]:
+        """Split a request whose prompt is computed into its choices."""
+        request.shares_last_block = request.num_computed_tokens % self._kv.block_size != 0
+        choices = request.fork()
+        self._kv.share(request.block_ids, len(choices) - 1)
+        for choice in choices[1:]:
+            insort(self._running, choice, key=_order)
+        self._requests[request.request_id] = list(choices)
+        return choices
+
+    def _take(self, request: Request, row: RequestResult) -> RequestUpdate:
+        """Take in what a step sampled for one choice."""
+        if row.token_id is None:
+            finish_reason: FinishReason | None = "error"
+        else:
+            finish_reason = request.append(row.token_id)
+        if finish_reason is not None:
+            self._finish(request)
+        return RequestUpdate(
+            request_id=request.request_id,
+            choice=request.choice,
+            token_ids=() if row.token_id is None else (row.token_id,),
+            finish_reason=finish_reason,
+            error=row.error,
+        )
+
+    def _num_used_slots(self) -> int:
+        """KV slots that hold a token, those in shared blocks counted once."""
+        num_slots = self._kv.num_used_blocks * self._kv.block_size
+        shared = {request.block_ids[-1]: request for request in self._running if request.shares_last_block}
+        ends = [*shared.values(), *(request for request in self._running if not request.shares_last_block)]
+        return num_slots - sum(len(r.block_ids) * self._kv.block_size - r.num_computed_tokens for r in ends)
+
     def _finish(self, request: Request) -> None:
-        """End a request; the caller takes it out of its queue."""
+        """End a choice; the caller takes it out of its queue."""
         self._release(request)
         request.status = RequestStatus.FINISHED
-        del self._requests[request.request_id]
+        choices = self._requests[request.request_id]
+        choices.remove(request)
+        if not choices:
+            del self._requests[request.request_id]
 
     def _release(self, request: Request) -> None:
-        """Free a request's blocks; its KV has to be computed anew if it goes on."""
+        """Free a running request's blocks and seats; its KV has to be computed anew if it goes on."""
+        if request.status is RequestStatus.RUNNING:
+            self._num_free_seats += request.num_choices
         self._kv.free(request.block_ids)
         request.block_ids = ()
+        request.shares_last_block = False
         request.num_computed_tokens = 0

@@ -50,7 +50,12 @@ class CountingRunner:
         """Count on from the newest token."""
         return StepResult(
             plan.step,
-            {r.request_id: RequestResult(token_id=r.token_ids[-1] + 1) for r in plan.requests if r.needs_token},
+            tuple(
+                RequestResult(token_id=r.token_ids[-1] + 1 + choice)
+                for r in plan.requests
+                if r.needs_token
+                for choice in r.choices
+            ),
         )
 
 

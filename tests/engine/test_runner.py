@@ -52,7 +52,7 @@ def test_greedy_tokens_are_those_of_transformers(write_tiny_gguf: Any, tiny_llam
     for number in range(8):
         result = runner.execute(StepPlan(number, (step,)))
         assert result.step == number
-        token = result.results["a"].token_id
+        token = result.results[0].token_id
         assert token is not None
         tokens.append(token)
         step = request("a", (token,), at=3 + len(tokens))
@@ -63,8 +63,8 @@ def test_greedy_tokens_are_those_of_transformers(write_tiny_gguf: Any, tiny_llam
 def test_only_requests_that_need_a_token_get_one(write_tiny_gguf: Any) -> None:
     runner = load(write_tiny_gguf()).runner
     unfinished = ScheduledRequest("a", (1, 2), 0, (0,), needs_token=False, sampling=GREEDY)
-    assert runner.execute(StepPlan(0, (unfinished,))).results == {}
-    assert set(runner.execute(StepPlan(1, (request("b", (3,), block=2), unfinished))).results) == {"b"}
+    assert runner.execute(StepPlan(0, (unfinished,))).results == ()
+    assert len(runner.execute(StepPlan(1, (request("b", (3,), block=2), unfinished))).results) == 1
 
 
 def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(write_tiny_gguf: Any) -> None:
@@ -72,10 +72,10 @@ def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(write_tiny_
     sampling = SamplingParams(max_tokens=8, temperature=1.5, top_p=0.95, seed=11)
     checked = request("a", (5, 6, 7), sampling=sampling)
     others = tuple(request(str(block), (block,) * block, block=block, sampling=sampling) for block in (2, 4, 6))
-    alone = runner.execute(StepPlan(0, (checked,))).results["a"]
-    assert runner.execute(StepPlan(0, (*others, checked))).results["a"] == alone
+    (alone,) = runner.execute(StepPlan(0, (checked,))).results
+    assert runner.execute(StepPlan(0, (*others, checked))).results[-1] == alone
     renamed = request("z", (5, 6, 7), sampling=sampling)
-    assert runner.execute(StepPlan(0, (renamed,))).results["z"] == alone
+    assert runner.execute(StepPlan(0, (renamed,))).results == (alone,)
 
 
 def test_a_request_whose_numbers_are_not_finite_fails_alone(write_tiny_gguf: Any, tiny_llama: Any) -> None:
@@ -83,15 +83,15 @@ def test_a_request_whose_numbers_are_not_finite_fails_alone(write_tiny_gguf: Any
     embedding[50] = math.nan
     runner = load(write_tiny_gguf(tensors={"token_embd.weight": embedding})).runner
     healthy = request("healthy", (1, 2, 3), block=2)
-    expected = runner.execute(StepPlan(0, (healthy,))).results["healthy"]
+    expected = runner.execute(StepPlan(0, (healthy,))).results
 
-    results = runner.execute(StepPlan(1, (request("poisoned", (1, 50, 3)), healthy))).results
-    assert results["healthy"] == expected
-    assert "NaN" in (results["poisoned"].error or "")
+    poisoned, beside = runner.execute(StepPlan(1, (request("poisoned", (1, 50, 3)), healthy))).results
+    assert (beside,) == expected
+    assert "NaN" in (poisoned.error or "")
 
     # Nor does it reach whoever gets its blocks next.
     moved = request("healthy", (1, 2, 3), block=0)
-    assert runner.execute(StepPlan(2, (moved,))).results["healthy"] == expected
+    assert runner.execute(StepPlan(2, (moved,))).results == expected
 
 
 def test_loading_tells_bytes_then_the_warm_up_and_the_facts(write_tiny_gguf: Any, tiny_llama: Any) -> None:

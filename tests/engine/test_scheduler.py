@@ -18,22 +18,29 @@ EOS = 0
 NUM_TOKEN_IDS = 24  # small, so that EOS comes up by itself
 
 
-def next_token(token_ids: tuple[int, ...]) -> int:
-    """The "model": any token of the context changes what comes next."""
-    return hashlib.blake2s(bytes(token_ids)).digest()[0] % NUM_TOKEN_IDS
+def next_token(token_ids: tuple[int, ...], choice: int = 0) -> int:
+    """The "model" with its sampler: any token of the context and the choice change what comes next."""
+    return hashlib.blake2s(bytes((*token_ids, choice))).digest()[0] % NUM_TOKEN_IDS
 
 
-def generate(prompt: tuple[int, ...], sampling: SamplingParams, max_model_len: int) -> tuple[tuple[int, ...], str]:
-    """What a request gets when it is alone in an engine without limits."""
+def generate(
+    prompt: tuple[int, ...], sampling: SamplingParams, max_model_len: int, choice: int = 0
+) -> tuple[tuple[int, ...], str]:
+    """What a choice of a request gets when it is alone in an engine without limits."""
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
     tokens = prompt
     while True:
-        tokens += (next_token(tokens),)
+        tokens += (next_token(tokens, choice),)
         output = tokens[len(prompt) :]
         if output[-1] in stops:
             return output, "stop"
         if len(output) == sampling.max_tokens or len(tokens) == max_model_len:
             return output, "length"
+
+
+def name(request_id: str, choice: int) -> str:
+    """What a choice is called here; the first one as its request."""
+    return f"{request_id}#{choice}" if choice else request_id
 
 
 class PagedFakeRunner:
@@ -45,13 +52,19 @@ class PagedFakeRunner:
         self.failing: set[str] = set()  # requests whose row comes out as NaN
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Store every token, then sample."""
+        """Copy blocks, store every token, then sample."""
+        assert not {source for source, _ in plan.copies} & {destination for _, destination in plan.copies}
+        size = self.block_size
+        for source, destination in plan.copies:
+            self.slots[destination * size : (destination + 1) * size] = self.slots[source * size : (source + 1) * size]
         for request in plan.requests:
             for position, token_id in enumerate(request.token_ids, start=request.num_computed_tokens):
                 self.slots[self.slot(request, position)] = token_id
-        return StepResult(plan.step, {r.request_id: self.sample(r) for r in plan.requests if r.needs_token})
+        return StepResult(
+            plan.step, tuple(self.sample(r, choice) for r in plan.requests if r.needs_token for choice in r.choices)
+        )
 
-    def sample(self, request: ScheduledRequest) -> RequestResult:
+    def sample(self, request: ScheduledRequest, choice: int) -> RequestResult:
         """The token after what the request's block table holds."""
         if request.request_id in self.failing:
             return RequestResult(error="logits are NaN")
@@ -60,7 +73,7 @@ class PagedFakeRunner:
             token_id = self.slots[self.slot(request, position)]
             assert token_id is not None, f"{request.request_id} reads a slot that was never written"
             context.append(token_id)
-        return RequestResult(token_id=next_token(tuple(context)))
+        return RequestResult(token_id=next_token(tuple(context), choice))
 
     def slot(self, request: ScheduledRequest, position: int) -> int:
         """Where a position's token is kept."""
@@ -94,15 +107,16 @@ class Engine:
         self.finished: dict[str, str] = {}
         self.num_steps = 0
 
-    def add(self, request_id: str, num_prompt_tokens: int, *, max_tokens: int = 4) -> None:
+    def add(self, request_id: str, num_prompt_tokens: int, *, max_tokens: int = 4, **options: int) -> None:
         """Add a request that runs to max_tokens."""
         prompt = tuple(1 + i % 7 for i in range(num_prompt_tokens))
-        self.add_request(request_id, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        self.add_request(request_id, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), **options)
 
-    def add_request(self, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams) -> None:
-        """Add a request."""
-        self.outputs[request_id] = ()
-        self.scheduler.add(AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
+    def add_request(self, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, **options: int) -> None:
+        """Add a request; the options are AddRequest's."""
+        message = AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options)
+        self.scheduler.add(message)
+        self.outputs |= {name(request_id, choice): () for choice in range(message.num_choices)}
 
     def step(self) -> dict[str, int]:
         """One step; the number of tokens computed for each request in it."""
@@ -112,18 +126,21 @@ class Engine:
             return {}
         assert 0 < plan.num_tokens <= self.max_num_batched_tokens
         assert all(request.token_ids for request in plan.requests)
-        assert len({request.request_id for request in plan.requests}) == len(plan.requests)
+        self.finish_step(plan)
+        num_tokens = {name(request.request_id, request.choice): len(request.token_ids) for request in plan.requests}
+        assert len(num_tokens) == len(plan.requests)
+        return num_tokens
+
+    def finish_step(self, plan: StepPlan) -> None:
+        """Compute a plan and collect what the requests got."""
         self.num_steps += 1
         for update in self.scheduler.update(plan, self.runner.execute(plan)):
-            self.take(update)
+            key = name(update.request_id, update.choice)
+            assert key not in self.finished
+            self.outputs[key] += update.token_ids
+            if update.finish_reason is not None:
+                self.finished[key] = update.finish_reason
         self.scheduler.check_integrity()
-        return {request.request_id: len(request.token_ids) for request in plan.requests}
-
-    def take(self, update: RequestUpdate) -> None:
-        """Collect what a request got."""
-        self.outputs[update.request_id] += update.token_ids
-        if update.finish_reason is not None:
-            self.finished[update.request_id] = update.finish_reason
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left."""
@@ -380,6 +397,80 @@ def test_a_long_prompt_is_done_within_its_bound_however_many_short_ones_keep_com
                 engine.add(f"short {engine.num_steps}-{k}", short_length, max_tokens=2)
             engine.step()
             assert engine.num_steps <= bound
+
+
+def test_the_choices_of_a_request_share_its_prompt_and_copy_only_its_last_block() -> None:
+    engine = Engine(num_blocks=8, block_size=4)
+    engine.add("a", 10, max_tokens=3, num_choices=3)
+    assert engine.step() == {"a": 10}
+    assert engine.scheduler.stats().num_used_blocks == 3
+    assert engine.scheduler.stats().num_used_slots == 10
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    assert [request.block_ids[:2] for request in plan.requests] == [(0, 1)] * 3
+    assert plan.copies == ((2, 3), (2, 4)), "the last to write needs no copy"
+    engine.finish_step(plan)
+    assert engine.scheduler.stats().num_used_blocks == 5
+    assert engine.scheduler.stats().num_used_slots == 8 + 3 * 3
+    engine.run()
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    prompt = tuple(1 + i % 7 for i in range(10))
+    for choice in range(3):
+        assert engine.outputs[name("a", choice)] == generate(prompt, sampling, 99, choice)[0]
+
+
+def test_a_prompt_that_fills_its_blocks_is_shared_without_a_copy() -> None:
+    engine = Engine(num_blocks=8, block_size=4)
+    engine.add("a", 8, num_choices=2)
+    engine.step()
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    assert plan.copies == ()
+    assert [request.block_ids for request in plan.requests] == [(0, 1, 2), (0, 1, 3)]
+
+
+def test_choices_take_their_seats_before_they_run() -> None:
+    engine = Engine(max_num_seqs=4)
+    engine.add("a", 3, max_tokens=3, num_choices=3)
+    engine.add("b", 3, max_tokens=1, num_choices=2)
+    assert engine.step() == {"a": 3}
+    assert engine.step() == {"a": 1, "a#1": 1, "a#2": 1}
+    engine.scheduler.abort("a", choice=1)
+    assert engine.step() == {"a": 1, "a#2": 1, "b": 3}
+    assert set(engine.finished) == {"a", "a#2", "b", "b#1"}
+
+
+def test_more_choices_than_seats_are_refused() -> None:
+    with pytest.raises(RequestInvalid, match="n is 5; this server generates at most 4") as refusal:
+        Engine(max_num_seqs=4).add("a", 3, num_choices=5)
+    assert refusal.value.param == "n"
+
+
+def test_choices_that_do_not_fit_together_run_one_after_the_other() -> None:
+    engine = Engine(num_blocks=4, block_size=4)
+    engine.add("a", 6, max_tokens=10, num_choices=4)
+    engine.run()
+    assert engine.scheduler.stats().num_preemptions > 0
+    for choice in range(4):
+        sampling = SamplingParams(max_tokens=10, ignore_eos=True)
+        assert engine.outputs[name("a", choice)] == generate((1, 2, 3, 4, 5, 6), sampling, 16, choice)[0]
+
+
+def test_a_lower_priority_number_is_admitted_first_and_preempted_last() -> None:
+    engine = Engine(num_blocks=6, block_size=4, max_num_seqs=2, max_num_batched_tokens=32)
+    engine.add("first", 4, max_tokens=12, priority=5)
+    engine.add("later", 4, max_tokens=12, priority=5)
+    engine.add("urgent", 4, max_tokens=17, priority=-1)
+    engine.add("soon", 4, max_tokens=17, priority=2)
+    assert engine.step() == {"urgent": 4, "soon": 4}
+    steps = []
+    while "urgent" not in engine.finished:
+        steps.append(engine.step())
+    assert engine.scheduler.stats().num_preemptions == 1
+    assert all("urgent" in step for step in steps)
+    assert engine.step().keys() == {"soon", "first"}
+    engine.run()
+    assert list(engine.finished) == ["urgent", "soon", "first", "later"]
 
 
 class AnyTrafficOnAnyPool(RuleBasedStateMachine):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 
@@ -44,6 +46,13 @@ class AttentionMetadata:
 
 class AttentionBackend(ABC):
     """Causal attention with grouped query heads, over blocks of keys and values."""
+
+    @abstractmethod
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy the KV of whole blocks in every layer, before the step stores any: (source, destination) block ids.
+
+        No destination is a source too, and each is named once.
+        """
 
     @abstractmethod
     def begin_step(self, metadata: AttentionMetadata) -> None:

@@ -19,11 +19,15 @@ request (a multiple of the block size), Q tokens of each request in a group (1 f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 
 from octavo_engine.attention.base import AttentionBackend, AttentionMetadata, CacheShape
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Keys of one group are gathered into at most so many bytes (more only if one request needs them), the values likewise.
 _MAX_GATHER_BYTES = 32 * 1024 * 1024
@@ -60,6 +64,13 @@ class ReferenceAttention(AttentionBackend):
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
         self._fresh_blocks = torch.empty(0, dtype=torch.int64, device=device)
         self._groups: list[_Group] = []
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy all of them at once, layer by layer."""
+        sources, destinations = torch.tensor(copies, device=self._device).unbind(1)
+        for cache in (self._keys, self._values):
+            for layer in cache:
+                layer.index_copy_(0, destinations, layer.index_select(0, sources))
 
     def begin_step(self, metadata: AttentionMetadata) -> None:
         """Group the requests and build their masks."""

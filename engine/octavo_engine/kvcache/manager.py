@@ -43,6 +43,23 @@ class KVCacheManager:
             return None
         return block_ids + self._pool.allocate(num_new_blocks)
 
+    def share(self, block_ids: tuple[int, ...], num_tables: int) -> None:
+        """Let so many more tables hold the same blocks. Before one of them writes, see `make_last_private`."""
+        self._pool.share(block_ids, num_tables)
+
+    def make_last_private(self, block_ids: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Let a table alone hold its last block, so that free slots in it can be written (copy on write).
+
+        Returns the table itself if it already does; else one that ends in a new block, into which the caller has the
+        old one copied; None, with nothing changed, if there is no free block.
+        """
+        if not self._pool.is_shared(block_ids[-1]):
+            return block_ids
+        if not self._pool.num_free_blocks:
+            return None
+        self._pool.free(block_ids[-1:])
+        return block_ids[:-1] + self._pool.allocate(1)
+
     def free(self, block_ids: tuple[int, ...]) -> None:
         """Give a block table back. The last block becomes free first, so the front of a prompt stays intact longest."""
         self._pool.free(reversed(block_ids))

@@ -32,6 +32,15 @@ class BlockPool:
             self._ref_counts[block_id] = 1
         return block_ids
 
+    def share(self, block_ids: Iterable[int], num_holders: int) -> None:
+        """Count so many more holders of blocks that are held."""
+        for block_id in block_ids:
+            self._ref_counts[block_id] += num_holders
+
+    def is_shared(self, block_id: int) -> bool:
+        """Whether more than one block table holds a block."""
+        return self._ref_counts[block_id] > 1
+
     def free(self, block_ids: Iterable[int]) -> None:
         """Drop one holder of each block; a block without holders joins the free list, in the order given."""
         for block_id in block_ids:

@@ -110,26 +110,28 @@ class FakeRunner:
     def __init__(self, engine: FakeEngine) -> None:
         self._engine = engine
         self._prompts: dict[str, list[int]] = {}
-        self._answers: dict[str, Iterator[int]] = {}
+        self._answers: dict[tuple[str, int], Iterator[int]] = {}  # by request and choice
 
     def execute(self, plan: StepPlan) -> StepResult:
         """As Runner.execute."""
         self._engine.num_steps += 1
         self._engine.steps.wait()
-        results = {}
+        results = []
         for request in plan.requests:
             prompt = self._prompts.setdefault(request.request_id, [])
-            if request.request_id not in self._answers:
+            if (request.request_id, 0) not in self._answers:
                 prompt += request.token_ids
             if not request.needs_token:
                 continue
             failing = self._engine.failing
             if failing is not None and bytes(max(0, i - FIRST_BYTE) for i in prompt).find(failing.encode()) >= 0:
-                results[request.request_id] = RequestResult(error="not a number")
+                results += [RequestResult(error="not a number") for _ in request.choices]
                 continue
-            answer = self._answers.setdefault(request.request_id, iter(tokens_of(self._engine.answer)))
-            results[request.request_id] = RequestResult(token_id=next(answer, EOS))
-        return StepResult(plan.step, results)
+            for choice in request.choices:
+                key = (request.request_id, choice)
+                answer = self._answers.setdefault(key, iter(tokens_of(self._engine.answer)))
+                results.append(RequestResult(token_id=next(answer, EOS)))
+        return StepResult(plan.step, tuple(results))
 
 
 class FakeProcess:
