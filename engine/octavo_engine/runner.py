@@ -14,24 +14,22 @@ import torch
 
 from octavo_engine import device as devices
 from octavo_engine import resources, sampler, sizing
-from octavo_engine.attention.base import CacheShape
+from octavo_engine.attention.base import AttentionRules, CacheShape
 from octavo_engine.attention.reference import ReferenceAttention
 from octavo_engine.batch import build_step
 from octavo_engine.errors import ConfigError
 from octavo_engine.messages import EngineFacts
-from octavo_engine.models.config import read_config
-from octavo_engine.models.registry import MODELS
+from octavo_engine.models.checkpoint import read_checkpoint
+from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan, StepResult
-from octavo_engine.weights.gguf import read_header
-from octavo_engine.weights.loader import WeightLoader
+from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.config import EngineConfig
-    from octavo_engine.models.config import ModelConfig
-    from octavo_engine.models.llama import LlamaModel
+    from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.sizing import MemoryPlan
 
 _WARM_UP_TOKENS = 64  # enough to use every kernel
@@ -41,7 +39,7 @@ class ModelRunner:
     """Computes StepPlans. The KV cache inside is addressed by the plans' block ids alone."""
 
     def __init__(
-        self, model: LlamaModel, attention: AttentionBackend, *, block_size: int, device: torch.device, seed: int
+        self, model: TorchDecoder, attention: AttentionBackend, *, block_size: int, device: torch.device, seed: int
     ) -> None:
         """Take a loaded model and the attention backend that it was built with."""
         self._model = model
@@ -93,25 +91,24 @@ def load_runner(config: EngineConfig, on_progress: Callable[[str, int, int], Non
         raise ConfigError(
             f"--tensor-parallel-size {config.tensor_parallel_size}: the model runs on one device in this version; use 1"
         )
-    header = read_header(config.model)
-    model_config = read_config(header)
+    checkpoint = read_checkpoint(config.model)
+    spec = checkpoint.spec
     device = devices.choose_device(config.device)
     dtype = devices.choose_dtype(config.dtype, device)
     plan = sizing.plan_memory(
-        model_config,
+        spec,
         config,
-        num_parameters=header.num_parameters,
+        num_parameters=checkpoint.num_parameters,
         dtype=devices.dtype_name(dtype),
         device=device.type,
         available_bytes=devices.available_memory(device),
     )
     torch.set_num_threads(resources.num_threads())
-    attention = ReferenceAttention(_cache_shape(model_config, plan), dtype=dtype, device=device)
-    with WeightLoader(
-        header, device=device, dtype=dtype, on_progress=lambda done, total: on_progress("Loading", done, total)
-    ) as weights:
-        model = MODELS[model_config.architecture](model_config, weights, attention, num_positions=plan.max_model_len)
-        weights.check_all_read()
+    rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
+    attention = ReferenceAttention(_cache_shape(spec, plan), rules, dtype=dtype, device=device)
+    weights = WeightSource(checkpoint, on_progress=lambda done, total: on_progress("Loading", done, total))
+    model = TorchDecoder(spec, weights, attention, num_positions=plan.max_model_len, dtype=dtype, device=device)
+    weights.check_all_read()
     runner = ModelRunner(model, attention, block_size=plan.block_size, device=device, seed=config.seed)
     on_progress("Warmup", 0, 1)
     _warm_up(runner, config, plan)
@@ -122,18 +119,18 @@ def load_runner(config: EngineConfig, on_progress: Callable[[str, int, int], Non
         num_blocks=plan.num_blocks,
         dtype=devices.dtype_name(dtype),
         device=device.type,
-        num_parameters=header.num_parameters,
+        num_parameters=checkpoint.num_parameters,
     )
-    return LoadedModel(runner, facts, model_config.eos_token_ids)
+    return LoadedModel(runner, facts, spec.eos_token_ids)
 
 
-def _cache_shape(model: ModelConfig, plan: MemoryPlan) -> CacheShape:
+def _cache_shape(spec: DecoderSpec, plan: MemoryPlan) -> CacheShape:
     return CacheShape(
-        num_layers=model.num_layers,
+        num_layers=spec.num_layers,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
     )
 
 

@@ -13,7 +13,7 @@ from octavo_engine.errors import ConfigError, ModelDoesNotFit
 
 if TYPE_CHECKING:
     from octavo_engine.config import EngineConfig
-    from octavo_engine.models.config import ModelConfig
+    from octavo_engine.models.spec import DecoderSpec
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK_SIZES = {"cpu": 8, "cuda": 16}  # KV slots in a block, by device
@@ -43,7 +43,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig, config: EngineConfig, *, num_parameters: int, dtype: str, device: str, available_bytes: int
+    model: DecoderSpec, config: EngineConfig, *, num_parameters: int, dtype: str, device: str, available_bytes: int
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -97,7 +97,7 @@ def plan_memory(
     )
 
 
-def _weight_bytes(model: ModelConfig, num_parameters: int, itemsize: int) -> int:
+def _weight_bytes(model: DecoderSpec, num_parameters: int, itemsize: int) -> int:
     """A tied embedding is kept twice: in rows to look tokens up, and packed as the output matrix."""
     twice = model.vocab_size * model.hidden_size if model.tied_embeddings else 0
     return (num_parameters + twice) * itemsize

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_engine.attention import reference
-from octavo_engine.attention.base import AttentionMetadata, CacheShape
+from octavo_engine.attention.base import AttentionMetadata, AttentionRules, CacheShape
 from octavo_engine.attention.reference import ReferenceAttention
 
 # Shapes: T tokens, N query heads, K KV heads, D head size.
@@ -18,15 +18,20 @@ from octavo_engine.attention.reference import ReferenceAttention
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
     """Causal attention of the last len(q) tokens of one sequence, in float64: q [Q, N, D], k and v [C, K, D]."""
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q, dtype=torch.float64)
     for row in range(len(q)):
-        visible = len(k) - len(q) + row + 1
+        end = len(k) - len(q) + row + 1
+        start = 0 if window is None else max(0, end - window)
         for head in range(q.shape[1]):
-            keys, values = k[:visible, head // group].double(), v[:visible, head // group].double()
-            scores = keys @ q[row, head].double() / q.shape[2] ** 0.5
+            keys, values = k[start:end, head // group].double(), v[start:end, head // group].double()
+            scores = keys @ q[row, head].double() * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             out[row, head] = torch.softmax(scores, dim=0) @ values
     return out
 
@@ -34,10 +39,19 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 class Sequences:
     """Sequences with random contents, computed in arbitrary pieces through a backend and checked against `dense`."""
 
-    def __init__(self, shape: CacheShape, *, num_heads: int, dtype: torch.dtype, lengths: list[int]) -> None:
+    def __init__(
+        self,
+        shape: CacheShape,
+        *,
+        num_heads: int,
+        dtype: torch.dtype,
+        lengths: list[int],
+        rules: AttentionRules | None = None,
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
-        self.backend = ReferenceAttention(shape, dtype=dtype, device=torch.device("cpu"))
+        self.rules = rules or AttentionRules(scale=shape.head_dim**-0.5, windows=(None,) * shape.num_layers)
+        self.backend = ReferenceAttention(shape, self.rules, dtype=dtype, device=torch.device("cpu"))
         generator = torch.Generator().manual_seed(1)
 
         def rows(num_heads: int) -> list[torch.Tensor]:
@@ -84,7 +98,12 @@ class Sequences:
             assert out.dtype == self.dtype
             expected = [
                 dense(
-                    self.q[layer][index][slice(*span)], self.k[layer][index][: span[1]], self.v[layer][index][: span[1]]
+                    self.q[layer][index][slice(*span)],
+                    self.k[layer][index][: span[1]],
+                    self.v[layer][index][: span[1]],
+                    scale=self.rules.scale,
+                    window=self.rules.windows[layer],
+                    softcap=self.rules.softcap,
                 )
                 for index, span in spans.items()
             ]
@@ -111,13 +130,30 @@ def test_ragged_prefill_and_decode_in_one_step_equal_dense_attention(
     sequences.step({4: 1, 2: 1, 3: 17})
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_windows_soft_caps_and_scales_equal_dense_attention(
+    dtype: torch.dtype, softcap: float | None, window: int
+) -> None:
+    shape = CacheShape(num_layers=2, num_blocks=40, block_size=4, num_kv_heads=2, head_dim=16)
+    rules = AttentionRules(scale=0.4, windows=(window, None), softcap=softcap)
+    sequences = Sequences(shape, num_heads=6, dtype=dtype, lengths=[3, 17, 40], rules=rules)
+    sequences.step({2: 20, 1: 6})
+    sequences.step({0: 1, 1: 10, 2: 19})
+    sequences.step({0: 1, 1: 1, 2: 1})
+
+
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_order_of_pieces_equals_dense_attention(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
     block_size = data.draw(st.sampled_from([1, 3, 8]))
     shape = CacheShape(num_layers=1, num_blocks=150, block_size=block_size, num_kv_heads=2, head_dim=8)
-    sequences = Sequences(shape, num_heads=4, dtype=torch.float32, lengths=lengths)
+    window = data.draw(st.none() | st.integers(1, 30))
+    softcap = data.draw(st.none() | st.just(1.5))
+    rules = AttentionRules(scale=8**-0.5, windows=(window,), softcap=softcap)
+    sequences = Sequences(shape, num_heads=4, dtype=torch.float32, lengths=lengths, rules=rules)
     while any(computed < length for computed, length in zip(sequences.computed, lengths, strict=True)):
         unfinished = [index for index, length in enumerate(lengths) if sequences.computed[index] < length]
         chosen = data.draw(st.lists(st.sampled_from(unfinished), min_size=1, unique=True))

@@ -197,6 +197,6 @@ def test_a_damaged_header_is_read_or_refused(path: Path, patches: list[tuple[int
 
 def test_reading_a_header_imports_no_torch() -> None:
     code = "import sys, octavo_engine.weights.gguf, octavo_engine.sizing, octavo_engine.resources; "
-    code += "import octavo_engine.models.config; "
+    code += "import octavo_engine.models.checkpoint; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

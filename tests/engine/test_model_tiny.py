@@ -10,8 +10,6 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ModelInvalid, ModelUnsupported
-from octavo_engine.models.config import ARCHITECTURES
-from octavo_engine.models.registry import MODELS
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
 from octavo_engine.runner import ModelRunner, load_runner
 
@@ -101,22 +99,20 @@ def test_float32_logits_are_equal_to_the_bit_in_any_batch_and_any_pieces(write_t
     assert all(torch.equal(torch.cat(got[name]), alone) for name in names)
 
 
-def test_every_architecture_that_is_accepted_has_a_model() -> None:
-    assert set(MODELS) == set(ARCHITECTURES)
-
-
 def test_a_context_of_two_tokens_loads(write_tiny_gguf: Any) -> None:
     assert all_logits(load(write_tiny_gguf(), max_model_len=2), piece(0, 2)).shape == (2, 96)
 
 
 UNSUPPORTED = {
     "another architecture": ({"metadata": {"general.architecture": "mamba"}}, "general.architecture is mamba"),
-    "rope scaling": ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type is yarn"),
-    "rope factors": ({"tensors": {"rope_freqs.weight": torch.ones(8)}}, "rope_freqs.weight"),
-    "experts": ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count is not supported"),
-    "a sliding window": ({"metadata": {"llama.attention.sliding_window": 64}}, "llama.attention.sliding_window"),
-    "a partial rotation": ({"metadata": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count differs"),
-    "a tensor too many": ({"tensors": {"blk.0.attn_q.bias": torch.ones(64)}}, "tensor blk.0.attn_q.bias"),
+    "rope scaling": ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "llama.rope.scaling.type is longrope"),
+    "experts": ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count is 8; supported: 0"),
+    "a partial rotation": (
+        {"metadata": {"llama.rope.dimension_count": 8}},
+        "llama.rope.dimension_count is 8; supported: 16",
+    ),
+    "an unknown option": ({"metadata": {"llama.attention.clamp_kqv": 1.0}}, "attention.clamp_kqv is not known"),
+    "a tensor too many": ({"tensors": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, "tensor blk.0.attn_q_norm.weight"),
 }
 
 

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError, ModelDoesNotFit
-from octavo_engine.models.config import ModelConfig
+from octavo_engine.models.spec import DecoderSpec, Rope
 from octavo_engine.sizing import MAX_CPU_KV_BYTES, MemoryPlan, plan_memory
 
 GIB = 2**30
 
 # SmolLM2-135M: 134,515,008 numbers; a token's KV is 2 * 30 layers * 3 heads * 64 = 11,520 numbers.
-SMOLLM2 = ModelConfig(
-    architecture="llama",
+SMOLLM2 = DecoderSpec(
     num_layers=30,
     hidden_size=576,
     intermediate_size=1536,
@@ -27,7 +26,9 @@ SMOLLM2 = ModelConfig(
     head_dim=64,
     vocab_size=49152,
     max_context=8192,
-    rope_theta=100_000.0,
+    ropes=(Rope(100_000.0),) * 30,
+    windows=(None,) * 30,
+    attention_scale=64**-0.5,
     rms_norm_eps=1e-5,
     tied_embeddings=True,
     eos_token_ids=frozenset({2}),

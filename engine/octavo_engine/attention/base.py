@@ -30,6 +30,15 @@ class CacheShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRules:
+    """What the scores of one model become before the softmax."""
+
+    scale: float  # on query-key products
+    windows: tuple[int | None, ...]  # of each layer: tokens that a query sees, itself among them; None: all before it
+    softcap: float | None = None  # c: scaled scores become c * tanh(score / c), before the mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """Where the tokens of one step are and what they may look at. The tokens of a request are adjacent.
 
@@ -66,7 +75,7 @@ class AttentionBackend(ABC):
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """Attend from the step's queries [T, N, D] to their requests' cached tokens up to their own position.
 
-        Scores are scaled by 1 / sqrt(D); softmax is float32 or better.
+        A layer with a window of W sees the last W of these. Softmax is float32 or better.
 
         Returns:
             [T, N, D], in the dtype of q.

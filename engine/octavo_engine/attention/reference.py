@@ -12,6 +12,9 @@ A float32 cache is attended to in float64. The kernels sum in an order that depe
 and so on the other requests of the step; in float64 those differences vanish when the result is rounded to float32.
 Hence a request gets the same result in any company and however its prompt is cut. Half precision makes no such promise.
 
+Layers with a sliding window gather the same blocks and mask more of them. torch's own attention knows no soft cap, so
+that with one the three steps (scores, softmax, sum) are spelled out.
+
 Shapes: T tokens of the step, B requests in a group, N query heads, K KV heads, D head size, S slots gathered for each
 request (a multiple of the block size), Q tokens of each request in a group (1 for decodes).
 """
@@ -24,7 +27,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 
-from octavo_engine.attention.base import AttentionBackend, AttentionMetadata, CacheShape
+from octavo_engine.attention.base import AttentionBackend
+
+if TYPE_CHECKING:
+    from octavo_engine.attention.base import AttentionMetadata, AttentionRules, CacheShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +45,7 @@ class _Group:
 
     tokens: torch.Tensor  # int64 [B] or [Q]: rows of the step's tensors
     blocks: torch.Tensor  # int64 [B * S / block_size]: the blocks to gather, request by request
-    mask: torch.Tensor  # [B, 1, 1, S] or [1, 1, Q, S]: 0 where a query may look, -inf elsewhere
+    masks: dict[int | None, torch.Tensor]  # by window, [B, 1, 1, S] or [1, 1, Q, S]: 0 where a query may look, or -inf
     num_requests: int
     num_queries: int  # of each request
 
@@ -47,9 +53,12 @@ class _Group:
 class ReferenceAttention(AttentionBackend):
     """Gathers blocks, then calls torch's own attention."""
 
-    def __init__(self, shape: CacheShape, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: CacheShape, rules: AttentionRules, *, dtype: torch.dtype, device: torch.device) -> None:
         """Reserve the cache, plus one block of zeros for padding."""
+        assert len(rules.windows) == shape.num_layers, "a window, or None, for every layer"
         self._shape = shape
+        self._rules = rules
+        self._windows = tuple(dict.fromkeys(rules.windows))  # each that occurs
         self._dtype = dtype
         self._device = device
         self._slot_elements = shape.num_kv_heads * shape.head_dim
@@ -108,9 +117,25 @@ class ReferenceAttention(AttentionBackend):
             keys, values = self._gather(self._keys[layer], group, 0), self._gather(self._values[layer], group, 1)
             queries = q[group.tokens].to(self._compute_dtype)
             queries = queries.view(group.num_requests, group.num_queries, *q.shape[1:]).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, enable_gqa=True)
+            attended = self._attend(queries, keys, values, group.masks[self._rules.windows[layer]])
             out[group.tokens] = attended.transpose(1, 2).reshape(-1, *q.shape[1:]).to(q.dtype)
         return out
+
+    def _attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Queries [B, N, Q, D], keys and values [B, K, S, D] -> [B, N, Q, D]."""
+        rules = self._rules
+        if rules.softcap is None:
+            return F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=rules.scale, enable_gqa=True
+            )
+        in_groups = queries.reshape(len(queries), keys.shape[1], -1, *queries.shape[2:])  # [B, K, N / K, Q, D]
+        scores = (in_groups @ keys.unsqueeze(2).mT).to(torch.promote_types(queries.dtype, torch.float32))
+        scores = scores.mul_(rules.scale / rules.softcap).tanh_().mul_(rules.softcap)
+        weights = (scores + mask.unsqueeze(1)).softmax(-1).to(values.dtype)  # [B, K, N / K, Q, S]
+        attended: torch.Tensor = (weights @ values.unsqueeze(2)).flatten(1, 2)
+        return attended
 
     def _gather(self, cache: torch.Tensor, group: _Group, which: int) -> torch.Tensor:
         """One layer's cache -> [B, K, S, D], a view of the workspace."""
@@ -139,9 +164,9 @@ class ReferenceAttention(AttentionBackend):
         first_slots = torch.arange(width, device=self._device) * self._shape.block_size
         blocks = blocks.masked_fill(first_slots >= context_lens[:, None], self._shape.num_blocks)
         slots = torch.arange(width * self._shape.block_size, device=self._device)
-        mask = self._additive(slots < context_lens[:, None])[:, None, None, :]
+        masks = self._masks(slots, context_lens[:, None] - 1, (-1, 1, 1, len(slots)))
         tokens = torch.tensor([starts[request] for request in requests], device=self._device)
-        return _Group(tokens, blocks.flatten(), mask, num_requests=len(requests), num_queries=1)
+        return _Group(tokens, blocks.flatten(), masks, num_requests=len(requests), num_queries=1)
 
     def _prefill_group(self, metadata: AttentionMetadata, request: int, start: int) -> _Group:
         query_len, context_len = metadata.query_lens[request], metadata.context_lens[request]
@@ -149,10 +174,19 @@ class ReferenceAttention(AttentionBackend):
         blocks = metadata.block_tables[request, :width]
         positions = torch.arange(context_len - query_len, context_len, device=self._device)
         slots = torch.arange(width * self._shape.block_size, device=self._device)
-        mask = self._additive(slots <= positions[:, None])[None, None]
+        masks = self._masks(slots, positions[:, None], (1, 1, query_len, len(slots)))
         tokens = torch.arange(start, start + query_len, device=self._device)
-        return _Group(tokens, blocks, mask, num_requests=1, num_queries=query_len)
+        return _Group(tokens, blocks, masks, num_requests=1, num_queries=query_len)
 
-    def _additive(self, visible: torch.Tensor) -> torch.Tensor:
-        """A boolean mask as what is added to the scores."""
-        return torch.zeros_like(visible, dtype=self._compute_dtype).masked_fill_(~visible, float("-inf"))
+    def _masks(
+        self, slots: torch.Tensor, positions: torch.Tensor, shape: tuple[int, int, int, int]
+    ) -> dict[int | None, torch.Tensor]:
+        """What is added to the scores of queries at `positions` [rows, 1], for every window of the model."""
+        masks: dict[int | None, torch.Tensor] = {}
+        for window in self._windows:
+            hidden = slots > positions
+            if window is not None:
+                hidden |= slots <= positions - window
+            zeros = torch.zeros_like(hidden, dtype=self._compute_dtype)
+            masks[window] = zeros.masked_fill_(hidden, float("-inf")).view(shape)
+        return masks

@@ -1,4 +1,4 @@
-"""The gate of the MLP (SwiGLU, Shazeer 2020).
+"""The gate of the MLP (SwiGLU and GeGLU, Shazeer 2020).
 
 Used by models/.
 
@@ -7,11 +7,17 @@ Shapes: T tokens, M intermediate size.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 
+if TYPE_CHECKING:
+    from octavo_engine.models.spec import Activation
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, for a gate and an up projection side by side: [T, 2 M] -> [T, M]."""
+
+def gate_and_mul(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """activation(gate) * up, for a gate and an up projection side by side: [T, 2 M] -> [T, M]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return activated.mul_(up)

@@ -25,10 +25,16 @@ _PACKED_FOR_ROWS = 32
 
 
 class Linear:
-    """y = x W^T, without bias."""
+    """y = x W^T + b."""
 
-    def __init__(self, *weights: torch.Tensor) -> None:
-        """Take one matrix, or several [O_i, I] that read the same input and are multiplied as one [sum O_i, I]."""
+    def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Take one matrix, or several [O_i, I] that read the same input and are multiplied as one [sum O_i, I].
+
+        Args:
+            weights: the matrices.
+            bias: [sum O_i], in their dtype.
+        """
+        self._bias = bias
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._packed = _can_pack(weight)
         self._weight = _pack(weight, _PACKED_FOR_ROWS) if self._packed else weight
@@ -36,9 +42,9 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]."""
         if self._packed:
-            y: torch.Tensor = _packed_linear(x, self._weight, None, "none", [], "")
+            y: torch.Tensor = _packed_linear(x, self._weight, self._bias, "none", [], "")
             return y
-        return F.linear(x, self._weight)
+        return F.linear(x, self._weight, self._bias)
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

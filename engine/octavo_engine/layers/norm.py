@@ -2,7 +2,7 @@
 
 Used by models/. Computed in float32 whatever the compute dtype.
 
-Shapes: T tokens, H hidden size.
+Shapes: H the size of what is normalised: the hidden size, or the head size for query and key heads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class RMSNorm:
         self._dtype = dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Float32 [T, H] -> dtype [T, H]."""
+        """Any dtype [..., H] -> dtype [..., H]."""
+        x = x.float()
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
         return (x * scale).mul_(self._weight).to(self._dtype)

@@ -1,7 +1,7 @@
-"""Which class runs which architecture. Called by runner.py; a new family is added here and in config.ARCHITECTURES."""
+"""Every family that can be served. A new one is added here; docs/models.md says how. No torch here."""
 
 from __future__ import annotations
 
-from octavo_engine.models.llama import LlamaModel
+from octavo_engine.models import gemma, llama, mistral, qwen
 
-MODELS = {"llama": LlamaModel}  # by GGUF general.architecture
+FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen.FAMILY, gemma.FAMILY)

@@ -101,9 +101,10 @@ _OTHER_TYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of the file."""
+    """One tensor of a model file."""
 
     name: str
+    path: Path  # of the file
     shape: tuple[int, ...]  # outermost dimension first, as torch counts; the file has it the other way round
     quant_type: QuantType
     offset: int  # of the first byte, from the start of the file
@@ -263,7 +264,7 @@ class _HeaderParser:
         if row % quant_type.block_size:
             self._fail(f"rows of {row} numbers do not divide into {quant_type.name} blocks of {quant_type.block_size}")
         num_bytes = math.prod(shape) // quant_type.block_size * quant_type.block_bytes
-        return TensorInfo(name, shape, quant_type, offset, num_bytes)
+        return TensorInfo(name, self._path, shape, quant_type, offset, num_bytes)
 
     def _shape(self) -> tuple[int, ...]:
         num_dims = int(self._scalar("I"))

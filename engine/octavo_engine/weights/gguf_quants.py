@@ -1,6 +1,6 @@
 """Dequantisation: the packed bytes of a GGUF tensor to float32, in torch.
 
-Called by loader.py, a slice of rows at a time. It knows the block layouts and nothing about files or models.
+Called by stored.py, a slice of rows at a time. It knows the block layouts and nothing about files or models.
 
 Layouts: ggml's block_q* structs (ggml-common.h). Within a block of 32 numbers the low nibbles hold the first 16 and
 the high nibbles the last 16. The arithmetic is float32 in the order of ggml's own, so that the results are equal.

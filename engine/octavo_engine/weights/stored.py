@@ -1,0 +1,136 @@
+"""Tensors as they lie in the files: packed rows, mapped and not copied, handed out by their role.
+
+Called by the decoders (models/decoder.py, and the C++ one) while they build themselves. It knows no architecture:
+which name a role has in the files is the checkpoint's business.
+
+The file stays mapped for as long as a tensor that lies in it is alive, and no longer.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from octavo_engine.errors import ModelInvalid, ModelUnsupported
+from octavo_engine.weights.gguf_quants import dequantize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from octavo_engine.models.checkpoint import Checkpoint
+    from octavo_engine.models.family import LayerRole, ModelRole
+    from octavo_engine.weights.gguf import QuantType, TensorInfo
+
+# Numbers dequantised at a time: bounds the float32 temporaries, whatever the size of the tensor.
+_SLICE_ELEMENTS = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A weight matrix as the file has it, but its rows in the order that the arithmetic wants."""
+
+    packed: torch.Tensor  # uint8 [out, row_bytes], contiguous, on the CPU; mapped from the file where rows keep order
+    quant_type: QuantType  # how a row is stored: in / block_size blocks of block_bytes
+    shape: tuple[int, int]  # out, in
+
+    def dequantize(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The numbers: `dtype` [out, in] on `device`."""
+        num_rows, width = self.shape
+        out = torch.empty(self.shape, dtype=dtype, device=device)
+        at_once = max(1, _SLICE_ELEMENTS // width)
+        for start in range(0, num_rows, at_once):
+            rows = self.packed[start : start + at_once]
+            out[start : start + at_once] = dequantize(rows.reshape(-1), self.quant_type).view(-1, width)
+        return out
+
+
+class WeightSource:
+    """Hands out each tensor of a checkpoint once."""
+
+    def __init__(self, checkpoint: Checkpoint, *, on_progress: Callable[[int, int], None]) -> None:
+        """Map the files.
+
+        Args:
+            checkpoint: the model.
+            on_progress: called with (bytes done, bytes in all tensors) before each tensor and at the end.
+        """
+        self._checkpoint = checkpoint
+        self._unread = dict(checkpoint.tensors)
+        self._on_progress = on_progress
+        self._num_bytes_done = 0
+        self._num_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+        self._files = {path: _map(path) for path in {tensor.path for tensor in checkpoint.tensors.values()}}
+
+    def matrix(self, role: ModelRole | LayerRole, shape: tuple[int, int], *, layer: int | None = None) -> StoredMatrix:
+        """A weight matrix [out, in]; those of queries and keys with the pairs of a rotation in the halves of a head.
+
+        Raises:
+            ModelInvalid: the files have no such tensor, or it has another shape.
+        """
+        info = self._take(role, shape, layer)
+        matrix = StoredMatrix(self._bytes(info).view(shape[0], -1), info.quant_type, shape)
+        if role in ("q", "k") and self._checkpoint.pairs_adjacent:
+            return replace(matrix, packed=_in_halves(matrix.packed, self._checkpoint.spec.head_dim))
+        return matrix
+
+    def vector(self, role: ModelRole | LayerRole, size: int, *, layer: int | None = None) -> torch.Tensor:
+        """A norm's weight or a bias, float32 [size] on the CPU.
+
+        Raises:
+            ModelInvalid: the files have no such tensor, or it has another shape.
+        """
+        info = self._take(role, (size,), layer)
+        numbers = dequantize(self._bytes(info), info.quant_type)
+        if role.endswith("norm"):
+            return numbers + self._checkpoint.norm_offset
+        if role in ("q_bias", "k_bias") and self._checkpoint.pairs_adjacent:
+            return _in_halves(numbers[:, None], self._checkpoint.spec.head_dim)[:, 0]
+        return numbers.clone()
+
+    def check_all_read(self) -> None:
+        """Refuse a model with tensors that nobody asked for: it is not the model that we would run.
+
+        Raises:
+            ModelUnsupported: names the first of them.
+        """
+        self._on_progress(self._num_bytes, self._num_bytes)
+        for info in self._unread.values():
+            raise ModelUnsupported(
+                f"{info.path.name}: tensor {info.name} ({len(self._unread)} in all) "
+                "is not part of this architecture as this engine knows it"
+            )
+
+    def _take(self, role: ModelRole | LayerRole, shape: tuple[int, ...], layer: int | None) -> TensorInfo:
+        self._on_progress(self._num_bytes_done, self._num_bytes)
+        name = self._checkpoint.names[role].format(layer=layer)
+        info = self._unread.pop(name, None)
+        if info is None:
+            raise ModelInvalid(f"{self._checkpoint.path.name}: tensor {name} is missing")
+        if info.shape != shape:
+            raise ModelInvalid(
+                f"{info.path.name}: tensor {name} has shape {list(info.shape)}, "
+                f"but the model's description says {list(shape)}"
+            )
+        self._num_bytes_done += info.num_bytes
+        return info
+
+    def _bytes(self, info: TensorInfo) -> torch.Tensor:
+        """The tensor's own bytes in the mapping, uint8 [num_bytes]."""
+        return torch.frombuffer(self._files[info.path], dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants writable memory
+
+
+def _in_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Undo llama.cpp's order of the rows of queries and keys [heads * D, anything].
+
+    Its converter puts the pairs that a rotation turns side by side; ours are the two halves of a head.
+    """
+    return rows.view(-1, head_dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
