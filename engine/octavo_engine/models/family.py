@@ -156,10 +156,15 @@ def plain_from_gguf(metadata: Options, header: GGUFHeader) -> DecoderSpec:
     """
     hidden_size, num_heads = metadata.size("embedding_length"), metadata.size("attention.head_count")
     head_dim = metadata.size("attention.key_length", max(1, hidden_size // num_heads))
-    metadata.require("rope.dimension_count", head_dim)
-    metadata.require("attention.value_length", head_dim)
-    metadata.require("expert_count", 0)
-    metadata.require("expert_used_count", 0)
+    for size in (
+        "rope.dimension_count",
+        "attention.value_length",
+        "attention.key_length_swa",
+        "attention.value_length_swa",
+    ):
+        metadata.require(size, head_dim)
+    for count in ("expert_count", "expert_used_count"):
+        metadata.require(count, 0)
     metadata.require("attention.causal", True)
     for informative in ("vocab_size", "tensor_data_layout"):
         metadata.get(informative)

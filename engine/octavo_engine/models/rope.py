@@ -95,9 +95,15 @@ def rope_from_gguf(metadata: Options, *, has_factors: bool) -> Rope:
         ModelUnsupported: a kind of scaling that is not computed.
     """
     theta = metadata.number("rope.freq_base", DEFAULT_THETA)
-    kind = metadata.text("rope.scaling.type", "linear" if "rope.scale_linear" in metadata else "none")
+    has_factor = "rope.scaling.factor" in metadata or "rope.scale_linear" in metadata
+    kind = metadata.text("rope.scaling.type", "linear" if has_factor else "none")
+    for only_of_yarn in ("original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"):
+        metadata.get(f"rope.scaling.{only_of_yarn}")
     metadata.require("rope.scaling.yarn_log_multiplier", 0.0)
     metadata.require("rope.scaling.yarn_ext_factor", 1.0)
+    if kind != "yarn":
+        metadata.require("rope.scaling.attn_factor", 1.0)
+        metadata.require("rope.scaling.yarn_attn_factor", 1.0)
     scaling: RopeScaling | None
     if kind == "none":
         scaling = StoredFactors() if has_factors else None
