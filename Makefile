@@ -45,7 +45,11 @@ test: lint ## Everything CI runs: lint, unit, API server, e2e on a real cluster
 
 .PHONY: test-unit
 test-unit: venv ## Only the tests that need neither the model nor an API server nor a cluster
-	@$(PYTHON) -m pytest -m "not model and not apiserver and not e2e"
+	@$(PYTHON) -m pytest -m "not model and not apiserver and not e2e and not long"
+
+.PHONY: test-long
+test-long: venv ## The campaigns that take longer than CI has
+	@$(PYTHON) -m pytest -m long
 
 .PHONY: bench
 bench: venv ## Octavo beside llama.cpp, vLLM and transformers on this machine (sets them up at first; ARGS=--help)

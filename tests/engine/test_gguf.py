@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import gguf
@@ -15,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from octavo_engine.errors import ModelInvalid, ModelNotFound, ModelUnsupported
-from octavo_engine.weights.gguf import QuantType, read_header
+from octavo_engine.weights.gguf import read_header
+from octavo_engine.weights.quant_type import QuantType
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,6 +135,10 @@ CORRUPT = {
     ),
     "unaligned data": (header((), (tensor("t", (1,), 0, 4),)) + bytes(64), "tensor t: data offset 4"),
     "data beyond the end": (header((), (tensor("t", (64,)),)) + bytes(255), "tensor t: data at bytes"),
+    "tensors that overlap": (
+        header((), (tensor("t", (16,)), tensor("u", (8,), 0, 32))) + bytes(64),
+        "tensor u: data at byte 128 overlaps that of tensor t",
+    ),
     "dimensions that overflow 64 bits": (header((), (tensor("t", (2**63, 2**63)),)), "tensor t: data at bytes"),
 }
 
@@ -147,7 +154,7 @@ def test_a_corrupt_file_is_refused_by_the_place_at_fault(path: Path, content: by
 UNSUPPORTED = {
     "version 1": (header(version=1), "GGUF version 1"),
     "a big-endian file": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a big-endian file?"),
-    "a type that is not dequantised": (header((), (tensor("t", (256,), 12),)), "tensor t has type Q4_K"),
+    "a type that is not dequantised": (header((), (tensor("t", (256,), 16),)), "tensor t has type IQ2_XXS"),
     "a type that nobody knows": (header((), (tensor("t", (256,), 77),)), "tensor t has type number 77"),
 }
 
@@ -158,6 +165,45 @@ def test_a_file_of_another_kind_is_refused_by_name(path: Path, content: bytes, m
     with pytest.raises(ModelUnsupported) as refusal:
         read_header(path)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**18, 0), "claims 262144 tensors, more than the 131072"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**17), "claims 131072 metadata entries, more than the 65536"),
+        (
+            header((entry("k", ARRAY, struct.pack("<IQ", UINT32, 2**33)),)),
+            "metadata key k: claims 8589934592 numbers, more than the 4194304",
+        ),
+        (
+            header((entry("k", ARRAY, struct.pack("<IQ", ARRAY, 2**16 + 1)),)),
+            "metadata key k: claims 65537 arrays, more than the 65536",
+        ),
+        (
+            header((entry("k", ARRAY, struct.pack("<IQIQ", ARRAY, 2**16 - 1, 0, 65)),)),
+            "metadata key k: claims 65 numbers, more than the 64",  # all arrays count together
+        ),
+        (header((string("k") + struct.pack("<IQ", STRING, 2**34),)), "claims 17179869184 bytes in a string"),
+        (header((), (tensor("t", (2**32, 2**4)),)), "tensor t: data at bytes"),
+    ],
+    ids=["tensors", "entries", "an array", "nested arrays", "their elements", "a string", "dimensions"],
+)
+def test_claims_that_a_huge_file_could_hold_are_refused_before_memory_is_taken(
+    path: Path, content: bytes, message: str
+) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.truncate(100 << 30)  # sparse: it takes no room on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelInvalid) as refusal:
+            read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert message in str(refusal.value)
+    assert "(at byte " in str(refusal.value)
 
 
 WHOLE = header(
@@ -179,20 +225,126 @@ def test_a_file_cut_at_any_byte_is_refused(path: Path) -> None:
             read_header(path)
 
 
-@given(
-    patches=st.lists(
-        st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4
-    )
+PATCHES = st.lists(
+    st.tuples(
+        st.integers(0, len(WHOLE) - 1),
+        # Lengths, counts and types are what hurts, so whole numbers of every width come as often as any bytes.
+        st.binary(min_size=1, max_size=8)
+        | st.builds(struct.pack, st.just("<I"), st.integers(0, 2**32 - 1))
+        | st.builds(struct.pack, st.just("<Q"), st.integers(0, 2**64 - 1)),
+    ),
+    min_size=1,
+    max_size=4,
 )
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_a_damaged_header_is_read_or_refused(path: Path, patches: list[tuple[int, bytes]]) -> None:
-    damaged = bytearray(WHOLE)
+
+
+DAMAGE = given(patches=PATCHES, length=st.none() | st.integers(0, len(WHOLE)))
+
+
+def check_damaged(path: Path, patches: list[tuple[int, bytes]], length: int | None) -> None:
+    """Read or refused, and with little memory."""
+    content = bytearray(WHOLE)
     for position, replacement in patches:
-        damaged[position : position + len(replacement)] = replacement
-    path.write_bytes(damaged)
-    with contextlib.suppress(ModelInvalid, ModelUnsupported):
-        read = read_header(path)
-        assert all(info.offset + info.num_bytes <= len(damaged) for info in read.tensors.values())
+        content[position : position + len(replacement)] = replacement
+    del content[len(content) if length is None else length :]
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ModelInvalid, ModelUnsupported):
+            read = read_header(path)
+            assert all(info.offset + info.num_bytes <= len(content) for info in read.tensors.values())
+        assert tracemalloc.get_traced_memory()[1] < 200_000
+    finally:
+        tracemalloc.stop()
+
+
+@DAMAGE
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_damaged_header_is_read_or_refused(path: Path, patches: list[tuple[int, bytes]], length: int | None) -> None:
+    check_damaged(path, patches, length)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@DAMAGE
+@settings(max_examples=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_ten_thousand_damaged_headers_are_read_or_refused(
+    path: Path, patches: list[tuple[int, bytes]], length: int | None
+) -> None:
+    check_damaged(path, patches, length)
+
+
+def write_split(folder: Path) -> list[Path]:
+    """Three tensors in three parts, as the gguf package writes them."""
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama", split_max_tensors=1)
+    writer.add_uint32("a.count", 7)
+    for index in range(3):
+        writer.add_tensor(f"t{index}", np.full((2, 4), index, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("model-*.gguf"))
+
+
+def test_a_split_model_is_whole_from_any_of_its_parts(tmp_path: Path) -> None:
+    parts = write_split(tmp_path)
+    assert [part.name for part in parts] == [f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts:
+        read = read_header(part)
+        assert read.path == parts[0]
+        assert read.require("a.count", int) == 7
+        assert [info.path for info in read.tensors.values()] == parts
+        for index, info in enumerate(read.tensors.values()):
+            assert info.name == f"t{index}"
+            assert np.frombuffer(info.path.read_bytes(), np.float32, 8, info.offset).tolist() == [index] * 8
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    parts = write_split(tmp_path)
+    parts[1].unlink()
+    with pytest.raises(ModelNotFound, match=r"part model-00002-of-00003\.gguf of a model of 3 parts is not in"):
+        read_header(parts[2])
+    parts[2].unlink()
+    with pytest.raises(ModelNotFound, match=r"part model-00002-of-00003\.gguf and 1 more of"):
+        read_header(parts[0])
+
+
+def test_a_part_under_another_name_is_refused(tmp_path: Path) -> None:
+    parts = write_split(tmp_path)
+    alone = parts[1].rename(tmp_path / "alone.gguf")
+    with pytest.raises(ModelInvalid, match=r"alone\.gguf: this is part 2 of 3 of a split model"):
+        read_header(alone)
+    shutil.copy(parts[0], parts[1])
+    with pytest.raises(ModelInvalid, match=r"model-00002-of-00003\.gguf: metadata key split\.no is 0, .* says 1"):
+        read_header(parts[0])
+
+
+def part(number: int, count: int, tensors: tuple[bytes, ...], *, in_all: int) -> bytes:
+    numbers = {"split.no": number, "split.count": count, "split.tensors.count": in_all}
+    entries = tuple(entry(key, UINT32, struct.pack("<I", value)) for key, value in numbers.items())
+    return header(entries, tensors) + bytes(32)
+
+
+def test_parts_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
+    first.write_bytes(part(0, 2, (tensor("t", (4,)),), in_all=3))
+    second.write_bytes(part(1, 2, (tensor("u", (4,)),), in_all=3))
+    with pytest.raises(ModelInvalid, match=r"split\.tensors\.count is 3, but the 2 parts have 2 tensors"):
+        read_header(first)
+    second.write_bytes(part(1, 2, (tensor("t", (4,)),), in_all=3))
+    with pytest.raises(ModelInvalid, match=r"m-00002.*: tensor t is in m-00001-of-00002\.gguf too"):
+        read_header(first)
+    second.write_bytes(header((), (tensor("u", (4,)),)) + bytes(32))
+    with pytest.raises(ModelInvalid, match=r"m-00002.*: metadata key split\.no is missing"):
+        read_header(first)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    loop = tmp_path / "model.gguf"
+    loop.mkdir()
+    with pytest.raises(ModelNotFound, match="no model file at"):
+        read_header(loop)
 
 
 def test_reading_a_header_imports_no_torch() -> None:

@@ -13,7 +13,8 @@ from octavo_engine.errors import ModelInvalid, ModelUnsupported
 from octavo_engine.models.checkpoint import Checkpoint
 from octavo_engine.models.spec import DecoderSpec, Rope
 from octavo_engine.weights import stored
-from octavo_engine.weights.gguf import QuantType, read_header
+from octavo_engine.weights.gguf import read_header
+from octavo_engine.weights.quant_type import QuantType
 from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:

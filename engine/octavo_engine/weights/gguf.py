@@ -1,12 +1,14 @@
-"""The header of a GGUF file: metadata and where each tensor lies. No torch here.
+"""The header of a GGUF model, in one file or in parts: metadata and where each tensor lies. No torch here.
 
 Called by the tokenizer (API process), by sizing.py and by the weight loader. It knows the file format and nothing about
 models: which keys a model needs is the caller's business (`GGUFHeader.require`).
 
-Every length in the file is checked against what is left of the file before anything is allocated for it, so that a
-truncated or hostile file costs no more than its own size and ends in ModelInvalid with the place at fault.
+Every length in the file is checked against what is left of the file and against the bounds below before anything is
+allocated for it. So a truncated or hostile file ends in ModelInvalid with the place at fault, after seconds and some
+hundred MB at worst, however large it is.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian). Parts: the names
+`...-00001-of-00003.gguf` and the metadata keys split.* of llama.cpp's gguf-split.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ from __future__ import annotations
 import enum
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from octavo_engine.errors import ModelInvalid, ModelNotFound, ModelUnsupported
+from octavo_engine.weights.quant_type import OTHER_TYPE_NAMES, QuantType
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 MetadataValue = bool | int | float | str | list["MetadataValue"]
@@ -34,80 +39,25 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_ARRAY_DEPTH = 4  # no known key nests at all; bounds the recursion
 _MAX_NAME_BYTES = 65535  # the specification's limit for keys; tensor names are shorter still
-
-
-class QuantType(enum.IntEnum):
-    """How a tensor's numbers are stored: the types of ggml that this engine can dequantise."""
-
-    F32 = 0
-    F16 = 1
-    Q4_0 = 2
-    Q4_1 = 3
-    Q5_0 = 6
-    Q5_1 = 7
-    Q8_0 = 8
-    BF16 = 30
-
-    @property
-    def block_size(self) -> int:
-        """Numbers that share one scale and are stored together."""
-        return _BLOCKS[self][0]
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one such block."""
-        return _BLOCKS[self][1]
-
-
-_BLOCKS = {
-    QuantType.F32: (1, 4),
-    QuantType.F16: (1, 2),
-    QuantType.BF16: (1, 2),
-    QuantType.Q4_0: (32, 2 + 16),
-    QuantType.Q4_1: (32, 2 + 2 + 16),
-    QuantType.Q5_0: (32, 2 + 4 + 16),
-    QuantType.Q5_1: (32, 2 + 2 + 4 + 16),
-    QuantType.Q8_0: (32, 2 + 32),
-}
-
-# ggml's names of the types that are refused, so that the message can say more than a number.
-_OTHER_TYPE_NAMES = {
-    9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
-    15: "Q8_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-}
+# Bounds on what is allocated for a header. The largest known ones, with vocabularies of 262,144 tokens and as many
+# merges, have 20 MB and 1.3 million elements.
+_MAX_HEADER_BYTES = 128 << 20
+_MAX_ARRAY_ELEMENTS = 1 << 22  # in all arrays together
+_ARRAY_COST = 64  # an array within an array takes as much time as so many elements
+_MAX_ENTRIES = 1 << 16
+_MAX_TENSORS = 1 << 17
+_PART_NAME: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a model file."""
+    """One tensor of a model."""
 
     name: str
-    path: Path  # of the file
+    path: Path  # the file that it lies in; the tensors of a split model lie in several
     shape: tuple[int, ...]  # outermost dimension first, as torch counts; the file has it the other way round
     quant_type: QuantType
-    offset: int  # of the first byte, from the start of the file
+    offset: int  # of the first byte, from the start of that file
     num_bytes: int
 
     @property
@@ -118,9 +68,9 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """Everything in a GGUF file but the tensors' data."""
+    """Everything in a GGUF model but the tensors' data."""
 
-    path: Path
+    path: Path  # the file; of a split model its first part
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, TensorInfo]
 
@@ -155,20 +105,73 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Parse the header of the GGUF file at `path`.
+    """Parse the header of the GGUF file at `path`; of a split model, whichever part `path` is, those of all parts.
 
     Raises:
-        ModelNotFound: there is no such file.
-        ModelInvalid: the file is no GGUF file, or is truncated or corrupt; names the key or tensor and the offset.
+        ModelNotFound: there is no such file, or a part is missing; names it.
+        ModelInvalid: a file is no GGUF file, or is truncated or corrupt; names the key or tensor and the offset.
         ModelUnsupported: an unknown version, a big-endian file, or a tensor type that cannot be dequantised.
     """
+    paths = part_paths(path)
+    if len(paths) == 1:
+        header = _read_file(path)
+        if (count := header.get("split.count", int, 1)) > 1:
+            number = header.get("split.no", int, 0) + 1
+            raise ModelInvalid(
+                f"{path.name}: this is part {number} of {count} of a split model, which cannot be found by this name; "
+                f"name it ...-{number:05}-of-{count:05}.gguf beside the others"
+            )
+        return header
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelNotFound(f"part {missing[0]}{others} of a model of {len(paths)} parts is not in {path.parent}")
+    return _join([_read_file(part) for part in paths])
+
+
+def part_paths(path: Path) -> tuple[Path, ...]:
+    """All files of the model that `path` is of, by its name alone: itself, or every part of a split model in order."""
+    match = _PART_NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) < 2 or not 1 <= int(match["number"]) <= int(match["count"]):
+        return (path,)
+    stem, count = match["stem"], match["count"]
+    return tuple(path.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1))
+
+
+def _join(parts: list[GGUFHeader]) -> GGUFHeader:
+    """One header of all parts: the first one's metadata and everyone's tensors."""
+    tensors: dict[str, TensorInfo] = {}
+    for index, part in enumerate(parts):
+        for key, expected in (("split.no", index), ("split.count", len(parts))):
+            if part.require(key, int) != expected:
+                raise ModelInvalid(
+                    f"{part.path.name}: metadata key {key} is {part.metadata[key]}, but the file's name says {expected}"
+                )
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise ModelInvalid(f"{part.path.name}: tensor {name} is in {tensors[name].path.name} too")
+            tensors[name] = tensor
+    first = parts[0]
+    expected = first.get("split.tensors.count", int, len(tensors))
+    if len(tensors) != expected:
+        raise ModelInvalid(
+            f"{first.path.name}: metadata key split.tensors.count is {expected}, "
+            f"but the {len(parts)} parts have {len(tensors)} tensors"
+        )
+    return replace(first, tensors=tensors)
+
+
+def _read_file(path: Path) -> GGUFHeader:
     if not path.is_file():
         raise ModelNotFound(f"no model file at {path}")
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            raise ModelInvalid(f"{path.name}: the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _HeaderParser(path, data).parse()
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise ModelInvalid(f"{path.name}: the file is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _HeaderParser(path, data).parse()
+    except OSError as error:
+        raise ModelNotFound(f"cannot read {path}: {error.strerror}") from error
 
 
 class _ValueType(enum.IntEnum):
@@ -202,6 +205,7 @@ _SCALARS = {
     _ValueType.INT64: "q",
     _ValueType.FLOAT64: "d",
 }
+_LENGTH = struct.Struct("<Q")
 _MIN_STRING_BYTES = 8  # its length
 _MIN_ARRAY_BYTES = 12  # element type and count
 _MIN_ENTRY_BYTES = _MIN_STRING_BYTES + 4 + 1  # key, type, the smallest value
@@ -209,14 +213,16 @@ _MIN_TENSOR_BYTES = _MIN_STRING_BYTES + 4 + 4 + 8  # name, number of dimensions 
 
 
 class _HeaderParser:
-    """A cursor over the file that refuses to move past its end."""
+    """A cursor over one file that refuses to move past the end of the file or the bounds of a header."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._name = path.name
         self._path = path
         self._data = data
         self._size = len(data)
+        self._end = min(self._size, _MAX_HEADER_BYTES)  # of what may be read as header
         self._pos = 0
+        self._num_elements = 0  # of all arrays so far
         self._place = "header"  # what is being read: for messages
 
     def parse(self) -> GGUFHeader:
@@ -226,8 +232,8 @@ class _HeaderParser:
         if version not in _VERSIONS:
             hint = " (a big-endian file?)" if int(version) & 0xFFFF == 0 else ""
             raise ModelUnsupported(f"{self._name}: GGUF version {version}{hint}; versions 2 and 3 can be read")
-        num_tensors = self._count(_MIN_TENSOR_BYTES, "tensors")
-        num_entries = self._count(_MIN_ENTRY_BYTES, "metadata entries")
+        num_tensors = self._count(_MIN_TENSOR_BYTES, "tensors", _MAX_TENSORS)
+        num_entries = self._count(_MIN_ENTRY_BYTES, "metadata entries", _MAX_ENTRIES)
         metadata: dict[str, MetadataValue] = {}
         for index in range(num_entries):
             self._place = f"metadata entry {index}"
@@ -248,14 +254,25 @@ class _HeaderParser:
                 self._fail("appears twice")
             relative[name] = self._tensor_info(name)
         data_start = -(-self._pos // alignment) * alignment
-        for tensor in relative.values():
+        tensors = {name: replace(tensor, offset=data_start + tensor.offset) for name, tensor in relative.items()}
+        for tensor in tensors.values():
             self._place = f"tensor {tensor.name}"
             if tensor.offset % alignment:
-                self._fail(f"data offset {tensor.offset} is not a multiple of the alignment {alignment}")
-            start, end = data_start + tensor.offset, data_start + tensor.offset + tensor.num_bytes
+                self._fail(f"data offset {tensor.offset - data_start} is not a multiple of the alignment {alignment}")
+            end = tensor.offset + tensor.num_bytes
             if end > self._size:
-                self._fail(f"data at bytes {start} to {end} ends after the file, which has {self._size} bytes")
-        return {name: replace(tensor, offset=data_start + tensor.offset) for name, tensor in relative.items()}
+                self._fail(
+                    f"data at bytes {tensor.offset} to {end} ends after the file, which has {self._size} bytes: "
+                    "it is truncated or corrupt"
+                )
+        self._refuse_overlaps(tensors.values())
+        return tensors
+
+    def _refuse_overlaps(self, tensors: Iterable[TensorInfo]) -> None:
+        for before, after in pairwise(sorted(tensors, key=lambda tensor: tensor.offset)):
+            if before.offset + before.num_bytes > after.offset:
+                self._place = f"tensor {after.name}"
+                self._fail(f"data at byte {after.offset} overlaps that of tensor {before.name}")
 
     def _tensor_info(self, name: str) -> TensorInfo:
         """One entry, its offset still relative to the start of the data."""
@@ -280,10 +297,11 @@ class _HeaderParser:
         try:
             return QuantType(number)
         except ValueError:
-            kind = _OTHER_TYPE_NAMES.get(number, f"number {number}")
+            kind = OTHER_TYPE_NAMES.get(number, f"number {number}")
             known = " ".join(member.name for member in QuantType)
             raise ModelUnsupported(
-                f"{self._name}: {self._place} has type {kind}, which cannot be dequantised; supported: {known}"
+                f"{self._name}: {self._place} has type {kind}, which cannot be dequantised; supported: {known} "
+                f"(at byte {self._pos})"
             ) from None
 
     def _alignment(self, metadata: Mapping[str, MetadataValue]) -> int:
@@ -301,7 +319,7 @@ class _HeaderParser:
 
     def _value(self, value_type: _ValueType, depth: int) -> MetadataValue:
         if value_type is _ValueType.STRING:
-            return self._string(self._size)
+            return self._string(self._end)
         if value_type is _ValueType.ARRAY:
             return self._array(depth)
         return self._scalar(_SCALARS[value_type])
@@ -311,16 +329,41 @@ class _HeaderParser:
             self._fail(f"nests arrays deeper than {_MAX_ARRAY_DEPTH}")
         element = self._value_type()
         if element is _ValueType.STRING:
-            return [self._string(self._size) for _ in range(self._count(_MIN_STRING_BYTES, "strings"))]
+            return [*self._strings(self._elements(_MIN_STRING_BYTES, "strings"))]
         if element is _ValueType.ARRAY:
-            return [self._array(depth + 1) for _ in range(self._count(_MIN_ARRAY_BYTES, "arrays"))]
+            return [self._array(depth + 1) for _ in range(self._elements(_MIN_ARRAY_BYTES, "arrays", _ARRAY_COST))]
         code = _SCALARS[element]
         width = struct.calcsize("<" + code)
-        count = self._count(width, "numbers")
+        count = self._elements(width, "numbers")
         return list(struct.unpack(f"<{count}{code}", self._take(count * width)))
 
+    def _elements(self, min_bytes_each: int, what: str, cost: int = 1) -> int:
+        count = self._count(min_bytes_each, what, (_MAX_ARRAY_ELEMENTS - self._num_elements) // cost)
+        self._num_elements += count * cost
+        return count
+
+    def _strings(self, count: int) -> list[str]:
+        """Consecutive strings. Vocabularies have hundreds of thousands, hence no call for each."""
+        data, pos, end, length_at = self._data, self._pos, self._end, _LENGTH.unpack_from
+        strings = []
+        try:
+            for _ in range(count):
+                start = pos + 8
+                stop = start + length_at(data, pos)[0] if start <= end else start
+                if stop > end:
+                    break
+                strings.append(data[start:stop].decode())
+                pos = stop
+        except UnicodeDecodeError:
+            self._pos = pos
+            self._string(end)  # fails, and says why
+        self._pos = pos
+        if len(strings) < count:
+            self._string(end)  # the same
+        return strings
+
     def _string(self, max_bytes: int) -> str:
-        length = self._count(1, "bytes in a string")
+        length = self._count(1, "bytes in a string", self._end)
         if length > max_bytes:
             self._fail(f"has a name of {length} bytes")
         start = self._pos
@@ -334,16 +377,20 @@ class _HeaderParser:
         value: int | float | bool = struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
         return value
 
-    def _count(self, min_bytes_each: int, what: str) -> int:
+    def _count(self, min_bytes_each: int, what: str, most: int) -> int:
         """A 64-bit count that is followed by at least that many things: never more than the file can hold."""
         count = int(self._scalar("Q"))
         if count * min_bytes_each > self._size - self._pos:
             self._fail(f"claims {count} {what}, more than the {self._size - self._pos} bytes left in the file")
+        if count > most:
+            self._fail(f"claims {count} {what}, more than the {most} that a header may have here")
         return count
 
     def _take(self, num_bytes: int) -> bytes:
         if num_bytes > self._size - self._pos:
             self._fail(f"the file ends after {self._size} bytes: it is truncated")
+        if num_bytes > self._end - self._pos:
+            self._fail(f"the header is longer than {_MAX_HEADER_BYTES} bytes")
         taken = self._data[self._pos : self._pos + num_bytes]
         self._pos += num_bytes
         return taken

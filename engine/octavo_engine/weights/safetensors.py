@@ -13,7 +13,8 @@ import math
 from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 from octavo_engine.errors import ModelInvalid, ModelNotFound, ModelUnsupported
-from octavo_engine.weights.gguf import QuantType, TensorInfo
+from octavo_engine.weights.gguf import TensorInfo
+from octavo_engine.weights.quant_type import QuantType
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.models.family import LayerRole, ModelRole
-    from octavo_engine.weights.gguf import QuantType, TensorInfo
+    from octavo_engine.weights.gguf import TensorInfo
+    from octavo_engine.weights.quant_type import QuantType
 
 # Numbers dequantised at a time: bounds the float32 temporaries, whatever the size of the tensor.
 _SLICE_ELEMENTS = 4 * 1024 * 1024
