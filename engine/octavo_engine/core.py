@@ -113,6 +113,7 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=model.eos_token_ids,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         channel.send(model.facts)
         run_loop(channel, scheduler, model.runner)

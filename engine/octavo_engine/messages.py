@@ -73,7 +73,7 @@ class Refused(Message, frozen=True):
     facts: dict[str, int | float | str]
 
 
-class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one step brought one choice of a request. Each choice ends by itself."""
 
     request_id: str
@@ -91,8 +91,10 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int
     num_used_blocks: int
     num_blocks: int
-    num_used_slots: int  # KV slots that hold a token; the waste is 1 - num_used_slots / (num_used_blocks * block_size)
+    num_used_slots: int  # that hold a token, shared ones once; waste is 1 - num_used_slots / (blocks * block_size)
     num_preemptions: int  # since start
+    num_prefix_cache_queries: int  # tokens that were looked up in the prefix cache, since start; each request once
+    num_prefix_cache_hits: int  # those of them that were found
     step: int  # steps since start: that it moves while num_running > 0 is what liveness means
 
 

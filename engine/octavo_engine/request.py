@@ -47,6 +47,9 @@ class Request:
     num_computed_tokens: int = 0  # tokens whose KV is in the cache; below len(token_ids) until the request finishes
     block_ids: tuple[int, ...] = ()  # the block table; empty unless RUNNING
     shares_last_block: bool = False  # the last block has free slots and was other choices' too when this one forked
+    block_hashes: list[bytes] = field(default_factory=list)  # names of the first blocks in the prefix cache, so far
+    num_offered_tokens: int = 0  # tokens in full blocks that were offered to the prefix cache since the last admission
+    num_cached_tokens: int | None = None  # prompt tokens that it had when this was first admitted; None: not yet
 
     def __post_init__(self) -> None:
         self.order = (self.priority, self.arrival, self.choice)
@@ -84,6 +87,9 @@ class Request:
                 num_computed_tokens=self.num_computed_tokens,
                 block_ids=self.block_ids,
                 shares_last_block=self.shares_last_block,
+                block_hashes=list(self.block_hashes),
+                num_offered_tokens=self.num_offered_tokens,
+                num_cached_tokens=self.num_cached_tokens,
             )
             for choice in range(self.choice + 1, self.choice + num_choices)
         ]

@@ -11,17 +11,19 @@ There are no phases: every running request lags behind its known tokens, and a s
    each running request one block to grow into. (Where the pool is too small for the load, that block spares about two
    thirds of the recomputation for 1 to 2 % more steps.) Their blocks are taken at once, so a prefill that has begun
    never runs out of blocks. A request for n answers takes n seats, and blocks for its prompt alone.
-3. Prefills share what is left after the decodes, the shortest remaining first, but the oldest of them is sure of one
-   part in OLDEST_PREFILL_PARTS of it.
+3. Prefills share what is left after the decodes: the shortest remaining first, of one priority, as far as they can be
+   finished. If any can, the others wait, but for the first in order, which is sure of one part in FIRST_PREFILL_PARTS.
+   If none can, the step is filled up with them.
 
-So long prompts get what is left after decodes and short prompts, and nobody starves. With B =
-`max_num_batched_tokens`, S = `max_num_seqs` and F = ceil((B - S + 1) / OLDEST_PREFILL_PARTS):
+So a long prompt gets what short ones leave, neither makes the other's steps long, and nobody starves. With B =
+`max_num_batched_tokens`, S = `max_num_seqs` and F = ceil((B - S + 1) / FIRST_PREFILL_PARTS):
 
-- Long prompts cannot hold up short ones: whatever is running, three quarters of what the decodes leave goes to the
-  shortest prompts. Those that fit into it are computed in the step that admits them.
-- Short prompts cannot hold up long ones: the oldest unfinished prompt computes at least F tokens in every step. Once
-  admitted, a prompt is done after at most the sum of ceil(n / F) steps over itself and the unfinished prompts admitted
-  before it, n their uncomputed tokens, however many arrive later.
+- Long prompts cannot hold up short ones. Those that fit into what the decodes and F leave are computed in the step that
+  admits them, and that step computes at most F tokens of longer prompts beside them. So a short prompt waits for the
+  step under way, and then for one that is hardly longer than its own.
+- Short prompts cannot hold up long ones: the first unfinished prompt in order computes at least F tokens in every step.
+  Once admitted, a prompt is done after at most the sum of ceil(n / F) steps over itself and the unfinished prompts
+  before it in order, n their uncomputed tokens, however many of its priority arrive later.
 
 "In order" is by priority (lower first), then arrival, then choice. When a decode finds no free block, the running
 request that is last in order is preempted: its blocks are freed, and it waits in its place in the queue to be
@@ -30,6 +32,10 @@ one is the first. Of one priority, running and waiting requests together are alw
 
 Once its prompt is computed, a request for n answers forks: its choices hold the same blocks, and each but the last one
 to write copies the partly filled last block first, by the plan's `copies`.
+
+A full block is offered to the prefix cache once a token sampled after it was sound, so that a request whose KV is
+spoilt (NaN) spoils nobody else's; one that is preempted before finds its own blocks alone. The blocks of ended and
+preempted requests stay in the cache until memory is needed; after an error they are forgotten.
 """
 
 from __future__ import annotations
@@ -49,7 +55,7 @@ if TYPE_CHECKING:
     from octavo_engine.messages import AddRequest, FinishReason
     from octavo_engine.plan import RequestResult, StepResult
 
-OLDEST_PREFILL_PARTS = 4
+FIRST_PREFILL_PARTS = 16
 
 _order = attrgetter("order")
 
@@ -64,6 +70,7 @@ class Scheduler:
         max_num_seqs: requests that may run in one step.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs.
         eos_token_ids: the model's end-of-sequence tokens.
+        enable_prefix_caching: whether requests find the KV of others that began alike.
     """
 
     def __init__(
@@ -75,10 +82,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
+        enable_prefix_caching: bool = True,
     ) -> None:
         assert max_model_len <= num_blocks * block_size, "a request of max_model_len tokens must fit alone"
         assert max_num_batched_tokens >= max_num_seqs, "the budget must hold every decode"
-        self._kv = KVCacheManager(num_blocks=num_blocks, block_size=block_size)
+        self._kv = KVCacheManager(
+            num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching
+        )
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -91,6 +101,8 @@ class Scheduler:
         self._copies: list[tuple[int, int]] = []  # of the plan that is being made
         self._num_added = 0
         self._num_preemptions = 0
+        self._num_prefix_cache_queries = 0
+        self._num_prefix_cache_hits = 0
         self._step = 0
 
     @property
@@ -160,17 +172,21 @@ class Scheduler:
         """Take in what a step computed and sampled; one update for each result."""
         assert result.step == plan.step == self._step, "steps are taken back in order"
         self._step += 1
+        block_size = self._kv.block_size
         updates = []
         results = iter(result.results)
         for request, scheduled in zip(self._in_step, plan.requests, strict=True):
             request.num_computed_tokens += len(scheduled.token_ids)
             if not scheduled.needs_token:
                 continue
-            choices = (request,) if request.num_choices == 1 else self._fork(request)
-            updates += [self._take(choice, next(results)) for choice in choices]
+            row = next(results)
+            if row.error is None and request.num_computed_tokens - request.num_offered_tokens >= block_size:
+                self._offer_blocks(request)
+            others = self._fork(request) if request.num_choices > 1 else ()
+            updates.append(self._take(request, row))
+            updates += [self._take(other, next(results)) for other in others]
         assert next(results, None) is None, "more results than were asked for"
-        if any(update.finish_reason for update in updates):
-            self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
+        self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
         return tuple(updates)
 
     def stats(self) -> SchedulerStats:
@@ -182,6 +198,8 @@ class Scheduler:
             num_blocks=self._kv.num_blocks,
             num_used_slots=self._num_used_slots(),
             num_preemptions=self._num_preemptions,
+            num_prefix_cache_queries=self._num_prefix_cache_queries,
+            num_prefix_cache_hits=self._num_prefix_cache_hits,
             step=self._step,
         )
 
@@ -205,7 +223,7 @@ class Scheduler:
             assert request.status is RequestStatus.WAITING, f"{request.request_id} waits as {request.status}"
             assert not request.block_ids, f"{request.request_id} holds blocks while it waits"
             assert request.num_computed_tokens == 0, f"{request.request_id} counts KV that is freed"
-        self._kv.check_integrity(request.block_ids for request in self._running)
+        self._kv.check_integrity((request.block_ids, request.token_ids) for request in self._running)
 
     def _schedule_decodes(self) -> tuple[list[ScheduledRequest], list[Request]]:
         """Schedule every running request that is one token behind; return these and the others, the prefills."""
@@ -219,29 +237,15 @@ class Scheduler:
             elif (
                 num_tokens <= len(request.block_ids) * block_size and not request.shares_last_block
             ) or self._make_room(request):
-                decodes.append(self._entry(request, (request.token_ids[-1],), needs_token=True))
+                self._in_step.append(request)
+                decodes.append(_share(request, (request.token_ids[-1],), True))
         return decodes, prefills
-
-    def _entry(self, request: Request, token_ids: tuple[int, ...], *, needs_token: bool) -> ScheduledRequest:
-        """Put a request into the step."""
-        self._in_step.append(request)
-        return ScheduledRequest(
-            request.request_id,
-            token_ids,
-            request.num_computed_tokens,
-            request.block_ids,
-            needs_token,
-            request.sampling,
-            request.choice,
-            request.num_choices,
-            request.token_ids,
-            len(request.prompt_token_ids),
-        )
 
     def _make_room(self, request: Request) -> bool:
         """Give a decode a slot that it may write, if need be by preemption; False if that hit itself."""
         while (block_ids := self._writable(request)) is None:
             victim = self._running.pop()
+            self._offer_blocks(victim, owner=repr(victim.order).encode())
             self._release(victim)
             victim.status = RequestStatus.WAITING
             insort(self._waiting, victim, key=_order)
@@ -258,18 +262,27 @@ class Scheduler:
         """The block table with a slot for the newest token that no other table has; None if no block is free."""
         if request.shares_last_block:
             return self._kv.make_last_private(request.block_ids)
-        return self._kv.allocate(request.block_ids, request.num_tokens)
+        return self._kv.extend(request.block_ids, request.num_tokens)
 
     def _admit(self, prefills: list[Request]) -> None:
         """Move waiting requests to the running ones and to `prefills`, in order, while they fit."""
         while self._waiting and self._waiting[0].num_choices <= self._num_free_seats:
             request = self._waiting[0]
             num_spare_blocks = self._max_num_seqs - self._num_free_seats
-            block_ids = self._kv.allocate((), request.num_tokens, num_spare_blocks=num_spare_blocks)
-            if block_ids is None:
+            begun = self._kv.begin(
+                request.token_ids,
+                request.block_hashes,
+                owner=repr(request.order).encode(),
+                num_spare_blocks=num_spare_blocks,
+            )
+            if begun is None:
                 break
             del self._waiting[0]
-            request.block_ids = block_ids
+            request.block_ids, request.num_computed_tokens = begun
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = request.num_computed_tokens
+                self._num_prefix_cache_queries += request.num_tokens
+                self._num_prefix_cache_hits += request.num_cached_tokens
             request.status = RequestStatus.RUNNING
             self._num_free_seats -= request.num_choices
             insort(self._running, request, key=_order)
@@ -277,37 +290,43 @@ class Scheduler:
 
     def _schedule_prefills(self, prefills: list[Request], budget: int) -> list[ScheduledRequest]:
         """Share `budget` > 0 tokens among the prefills (in order) by the rule of the module's docstring."""
-        oldest = prefills[0]
-        reserved = min(oldest.num_uncomputed_tokens, -(-budget // OLDEST_PREFILL_PARTS))
+        first = prefills[0]
+        reserved = min(first.num_uncomputed_tokens, -(-budget // FIRST_PREFILL_PARTS))
         budget -= reserved
+        any_finishes = False
         scheduled = []
-        for request in sorted(prefills, key=lambda request: request.num_uncomputed_tokens):
-            if request is oldest:
-                budget += reserved
-            num_tokens = min(request.num_uncomputed_tokens, budget)
+        for request in sorted(prefills, key=lambda request: (request.priority, request.num_uncomputed_tokens)):
+            own = reserved if request is first else 0
+            if request.num_uncomputed_tokens <= budget + own:
+                num_tokens = request.num_uncomputed_tokens
+                any_finishes = True
+            else:
+                num_tokens = own if any_finishes else budget + own
             if num_tokens == 0:
                 continue
-            budget -= num_tokens
+            budget -= num_tokens - own
             start = request.num_computed_tokens
             end = start + num_tokens
             token_ids = tuple(request.token_ids[start:end])
-            scheduled.append(self._entry(request, token_ids, needs_token=end == request.num_tokens))
+            self._in_step.append(request)
+            scheduled.append(_share(request, token_ids, end == request.num_tokens))
         return scheduled
 
     def _fork(self, request: Request) -> list[Request]:
-        """Split a request whose prompt is computed into its choices."""
+        """Split a request whose prompt is computed into its choices; return the new ones."""
         request.shares_last_block = request.num_computed_tokens % self._kv.block_size != 0
         choices = request.fork()
         self._kv.share(request.block_ids, len(choices) - 1)
         for choice in choices[1:]:
             insort(self._running, choice, key=_order)
-        self._requests[request.request_id] = list(choices)
-        return choices
+        self._requests[request.request_id] = choices
+        return choices[1:]
 
     def _take(self, request: Request, row: RequestResult) -> RequestUpdate:
         """Take in what a step sampled for one choice."""
         if row.token_id is None:
             finish_reason: FinishReason | None = "error"
+            self._kv.forget(request.block_ids)
         else:
             finish_reason = request.append(row.token_id)
         if finish_reason is not None:
@@ -318,14 +337,28 @@ class Scheduler:
             token_ids=() if row.token_id is None else (row.token_id,),
             finish_reason=finish_reason,
             error=row.error,
+            num_cached_tokens=request.num_cached_tokens or 0,
         )
+
+    def _offer_blocks(self, request: Request, *, owner: bytes = b"") -> None:
+        """Let all, or only `owner`, find the full and computed blocks of a request, as far as it was not done yet."""
+        size = self._kv.block_size
+        places = range(request.num_offered_tokens // size, request.num_computed_tokens // size)
+        self._kv.cache(request.block_ids, request.token_ids, request.block_hashes, places, owner=owner)
+        request.num_offered_tokens = places.stop * size
 
     def _num_used_slots(self) -> int:
         """KV slots that hold a token, those in shared blocks counted once."""
-        num_slots = self._kv.num_used_blocks * self._kv.block_size
-        shared = {request.block_ids[-1]: request for request in self._running if request.shares_last_block}
-        ends = [*shared.values(), *(request for request in self._running if not request.shares_last_block)]
-        return num_slots - sum(len(r.block_ids) * self._kv.block_size - r.num_computed_tokens for r in ends)
+        size = self._kv.block_size
+        num_unused_slots = 0
+        seen: set[int] = set()
+        for request in self._running:
+            if request.shares_last_block:
+                if request.block_ids[-1] in seen:
+                    continue
+                seen.add(request.block_ids[-1])
+            num_unused_slots += len(request.block_ids) * size - request.num_computed_tokens
+        return self._kv.num_used_blocks * size - num_unused_slots
 
     def _finish(self, request: Request) -> None:
         """End a choice; the caller takes it out of its queue."""
@@ -343,4 +376,20 @@ class Scheduler:
         self._kv.free(request.block_ids)
         request.block_ids = ()
         request.shares_last_block = False
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_offered_tokens = 0
+
+
+def _share(request: Request, token_ids: tuple[int, ...], needs_token: bool) -> ScheduledRequest:  # noqa: FBT001 - hot
+    """A request's share of the step."""
+    return ScheduledRequest(
+        request.request_id,
+        token_ids,
+        request.num_computed_tokens,
+        request.block_ids,
+        needs_token,
+        request.sampling,
+        request.choice,
+        request.num_choices,
+        request.token_ids,
+        len(request.prompt_token_ids),
+    )

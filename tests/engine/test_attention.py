@@ -171,6 +171,18 @@ def test_decodes_that_gather_more_than_the_bound_are_split(monkeypatch: pytest.M
     assert len(sequences.backend._groups) == 3
 
 
+def test_a_copied_block_is_the_same_and_then_a_block_of_its_own() -> None:
+    shape = CacheShape(num_layers=2, num_blocks=8, block_size=4, num_kv_heads=1, head_dim=8)
+    sequences = Sequences(shape, num_heads=2, dtype=torch.float32, lengths=[9, 8])
+    for rows in (*sequences.k, *sequences.v):
+        rows[1][:6] = rows[0][:6]  # the second forks off the first
+    sequences.step({0: 6})
+    sequences.computed[1] = 6
+    sequences.backend.copy_blocks(tuple(zip(sequences.tables[0][:2], sequences.tables[1], strict=True)))
+    sequences.step({0: 2, 1: 2})  # compares with dense attention
+    sequences.step({0: 1})
+
+
 def test_what_a_block_held_before_does_not_reach_its_next_owner() -> None:
     shape = CacheShape(num_layers=1, num_blocks=4, block_size=4, num_kv_heads=1, head_dim=8)
     sequences = Sequences(shape, num_heads=1, dtype=torch.float32, lengths=[6, 3])

@@ -40,17 +40,27 @@ ADD = AddRequest(
     request_id="a",
     prompt_token_ids=(1, 2, 50_000),
     sampling=SamplingParams(max_tokens=9, temperature=0.5, seed=3, stop_token_ids=(7,)),
+    num_choices=2,
+    priority=-1,
 )
 OUTPUTS = StepOutputs(
     updates=(
-        RequestUpdate(request_id="a", token_ids=(5,)),
+        RequestUpdate(request_id="a", token_ids=(5,), choice=1, num_cached_tokens=16),
         RequestUpdate(request_id="b", token_ids=(), finish_reason="error", error="logits are NaN"),
     ),
     stats=SchedulerStats(
-        num_running=1, num_waiting=2, num_used_blocks=3, num_blocks=4, num_used_slots=5, num_preemptions=6, step=7
+        num_running=1,
+        num_waiting=2,
+        num_used_blocks=3,
+        num_blocks=4,
+        num_used_slots=5,
+        num_preemptions=6,
+        num_prefix_cache_queries=8,
+        num_prefix_cache_hits=9,
+        step=7,
     ),
 )
-TO_ENGINE: list[ToEngine] = [ADD, AbortRequest(request_id="a"), Shutdown()]
+TO_ENGINE: list[ToEngine] = [ADD, AbortRequest(request_id="a", choice=1), Shutdown()]
 TO_CLIENT: list[ToClient] = [
     Loading(phase="Loading", done=1, total=2),
     EngineFacts(max_model_len=1, block_size=2, num_blocks=3, dtype="float32", device="cpu", num_parameters=4),

@@ -45,6 +45,12 @@ class Metrics:
         )
         self._block_size = 1
         self._preemptions = self._counter("vllm:num_preemptions", "Requests put back to free KV blocks.")
+        self._prefix_queries = self._counter(
+            "vllm:prefix_cache_queries", "Tokens of admitted requests that were looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter(
+            "vllm:prefix_cache_hits", "Tokens whose KV was found in the prefix cache and not computed anew."
+        )
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._first_token = self._histogram(
@@ -67,6 +73,8 @@ class Metrics:
             reason: success.labels(**self._labels, finished_reason=reason) for reason in _FINISHED_REASONS
         }
         self._num_preemptions_seen = 0
+        self._num_prefix_queries_seen = 0
+        self._num_prefix_hits_seen = 0
 
     def on_first_tokens(self, *, seconds: float, num_prompt_tokens: int, num_tokens: int) -> None:
         """A request got its first tokens (EngineObserver)."""
@@ -89,6 +97,10 @@ class Metrics:
         self._kv_waste.set(1 - stats.num_used_slots / num_slots if num_slots else 0.0)
         self._preemptions.inc(stats.num_preemptions - self._num_preemptions_seen)
         self._num_preemptions_seen = stats.num_preemptions
+        self._prefix_queries.inc(stats.num_prefix_cache_queries - self._num_prefix_queries_seen)
+        self._num_prefix_queries_seen = stats.num_prefix_cache_queries
+        self._prefix_hits.inc(stats.num_prefix_cache_hits - self._num_prefix_hits_seen)
+        self._num_prefix_hits_seen = stats.num_prefix_cache_hits
 
     def on_finished(self, reason: FinishedReason, seconds: float) -> None:
         """A request ended, so many seconds after it came in."""

@@ -43,6 +43,8 @@ async def test_the_metrics_are_vllms_by_name_and_type(ready: httpx.AsyncClient) 
         "vllm:num_requests_waiting": "gauge",
         "vllm:kv_cache_usage_perc": "gauge",
         "vllm:num_preemptions": "counter",
+        "vllm:prefix_cache_queries": "counter",
+        "vllm:prefix_cache_hits": "counter",
         "vllm:prompt_tokens": "counter",
         "vllm:generation_tokens": "counter",
         "vllm:time_to_first_token_seconds": "histogram",
@@ -95,6 +97,15 @@ def test_gauges_follow_the_scheduler_and_preemptions_only_grow() -> None:
     assert values["vllm:num_requests_waiting"] == 0
     assert values["vllm:kv_cache_usage_perc"] == pytest.approx(0.2)
     assert values["vllm:num_preemptions_total"] == 6
+
+
+def test_the_prefix_caches_counters_are_those_of_the_scheduler() -> None:
+    metrics = Metrics("fake")
+    metrics.on_stats(stats(num_prefix_cache_queries=40, num_prefix_cache_hits=8))
+    metrics.on_stats(stats(num_prefix_cache_queries=100, num_prefix_cache_hits=32))
+    values = values_of(metrics.render().decode())
+    assert values["vllm:prefix_cache_queries_total"] == 100
+    assert values["vllm:prefix_cache_hits_total"] == 32
 
 
 def test_tokens_that_came_together_share_their_time() -> None:

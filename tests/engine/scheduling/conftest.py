@@ -1,0 +1,195 @@
+"""A scheduler with a fake runner that knows which KV every slot holds, and whose every reader it checks."""
+
+from __future__ import annotations
+
+import hashlib
+
+from octavo_engine.messages import AddRequest
+from octavo_engine.plan import RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
+from octavo_engine.scheduler import Scheduler
+
+EOS = 0
+NUM_TOKEN_IDS = 24  # small, so that EOS comes up by itself
+
+
+def next_token(token_ids: tuple[int, ...], choice: int = 0) -> int:
+    """The "model" with its sampler: any token of the context and the choice change what comes next."""
+    return hashlib.blake2s(bytes((*token_ids, choice))).digest()[0] % NUM_TOKEN_IDS
+
+
+def generate(
+    prompt: tuple[int, ...], sampling: SamplingParams, max_model_len: int, choice: int = 0
+) -> tuple[tuple[int, ...], str]:
+    """What a choice of a request gets when it is alone in an engine without limits."""
+    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
+    tokens = prompt
+    while True:
+        tokens += (next_token(tokens, choice),)
+        output = tokens[len(prompt) :]
+        if output[-1] in stops:
+            return output, "stop"
+        if len(output) == sampling.max_tokens or len(tokens) == max_model_len:
+            return output, "length"
+
+
+def name(request_id: str, choice: int) -> str:
+    """What a choice is called here; the first one as its request."""
+    return f"{request_id}#{choice}" if choice else request_id
+
+
+class FakeRunner:
+    """Keeps as KV, in the slots of its blocks, all tokens that the KV depends on: those up to and with the slot's own.
+
+    So it sees at once when a request reads what is not its own: shared wrongly, not copied, overwritten, stale.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+        self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)  # None: never written, or NaN
+        self.block_size = block_size
+        self.failing: set[str] = set()  # requests whose KV and logits come out as NaN from now on
+        self.sequences: dict[str, tuple[int, ...]] = {}  # all tokens of each choice, as its user knows them
+        self.num_computed = 0  # tokens
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Copy blocks, then check, store and sample each request."""
+        destinations = [destination for _, destination in plan.copies]
+        assert len(set(destinations)) == len(destinations)
+        assert not {source for source, _ in plan.copies} & set(destinations)
+        size = self.block_size
+        for source, destination in plan.copies:
+            self.slots[destination * size : (destination + 1) * size] = self.slots[source * size : (source + 1) * size]
+        for request in plan.requests:
+            self.store(request)
+        for request in plan.requests:
+            self.check(request)
+        return StepResult(
+            plan.step, tuple(self.sample(r, choice) for r in plan.requests if r.needs_token for choice in r.choices)
+        )
+
+    def store(self, request: ScheduledRequest) -> None:
+        """Write the KV of the step's tokens."""
+        sequence = self.sequences[name(request.request_id, request.choice)]
+        assert tuple(request.known_token_ids) == sequence
+        assert request.known_token_ids[: request.num_prompt_tokens] == list(sequence[: request.num_prompt_tokens])
+        start, end = request.num_computed_tokens, request.num_computed_tokens + len(request.token_ids)
+        assert request.token_ids == sequence[start:end]
+        assert request.needs_token == (end == len(sequence))
+        self.num_computed += end - start
+        for position in range(start, end):
+            failing = request.request_id in self.failing
+            self.slots[self.slot(request, position)] = None if failing else sequence[: position + 1]
+
+    def check(self, request: ScheduledRequest) -> None:
+        """Read, after all have written, what attention reads."""
+        if request.request_id not in self.failing:
+            sequence = self.sequences[name(request.request_id, request.choice)]
+            for position in range(request.num_computed_tokens + len(request.token_ids)):
+                assert self.slots[self.slot(request, position)] == sequence[: position + 1], (
+                    f"{request.request_id} reads another's KV at {position}"
+                )
+
+    def sample(self, request: ScheduledRequest, choice: int) -> RequestResult:
+        """The token after what the request's block table holds."""
+        if request.request_id in self.failing:
+            return RequestResult(error="logits are NaN")
+        context = self.slots[self.slot(request, request.num_computed_tokens + len(request.token_ids) - 1)]
+        assert context is not None
+        token_id = next_token(context, choice)
+        self.sequences[name(request.request_id, choice)] = (*context, token_id)
+        return RequestResult(token_id=token_id)
+
+    def slot(self, request: ScheduledRequest, position: int) -> int:
+        """Where a position's KV is kept."""
+        return request.block_ids[position // self.block_size] * self.block_size + position % self.block_size
+
+
+def answer(plan: StepPlan) -> StepResult:
+    """The same token to everyone, without looking: for long runs."""
+    num_results = sum(len(request.choices) for request in plan.requests if request.needs_token)
+    return StepResult(plan.step, (RequestResult(token_id=1),) * num_results)
+
+
+class Engine:
+    """A scheduler with its runner, stepped by hand; collects what each choice of each request got."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.max_model_len = max_model_len or num_blocks * block_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            eos_token_ids=frozenset({EOS}),
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size)
+        self.outputs: dict[str, tuple[int, ...]] = {}
+        self.finished: dict[str, str] = {}
+        self.num_cached_tokens: dict[str, int] = {}
+        self.alone: dict[str, tuple[tuple[int, ...], str]] = {}  # what each should get, and how it should end
+        self.num_steps = 0
+        self._num_added = 0
+
+    def add(self, request_id: str, num_prompt_tokens: int, *, max_tokens: int = 4, **options: int) -> None:
+        """Add a request that runs to max_tokens, with a prompt that begins like no other."""
+        self._num_added += 1
+        prompt = tuple((self._num_added >> shift & 7) + 1 for shift in (0, 3, 6))
+        prompt = (prompt + tuple(1 + i % 7 for i in range(num_prompt_tokens)))[:num_prompt_tokens]
+        self.add_request(request_id, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), **options)
+
+    def add_request(self, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, **options: int) -> None:
+        """Add a request; the options are AddRequest's."""
+        message = AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options)
+        self.scheduler.add(message)
+        for choice in range(message.num_choices):
+            key = name(request_id, choice)
+            self.outputs[key] = ()
+            self.runner.sequences[key] = prompt
+            self.alone[key] = generate(prompt, sampling, self.max_model_len, choice)
+
+    def step(self) -> dict[str, int]:
+        """One step; the number of tokens computed for each choice in it."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            assert not self.scheduler.has_requests
+            return {}
+        assert 0 < plan.num_tokens <= self.max_num_batched_tokens
+        assert all(request.token_ids for request in plan.requests)
+        self.finish_step(plan)
+        num_tokens = {name(request.request_id, request.choice): len(request.token_ids) for request in plan.requests}
+        assert len(num_tokens) == len(plan.requests)
+        return num_tokens
+
+    def finish_step(self, plan: StepPlan) -> None:
+        """Compute a plan and collect what the requests got."""
+        self.num_steps += 1
+        for update in self.scheduler.update(plan, self.runner.execute(plan)):
+            key = name(update.request_id, update.choice)
+            assert key not in self.finished
+            self.outputs[key] += update.token_ids
+            self.num_cached_tokens[key] = update.num_cached_tokens
+            if update.finish_reason is not None:
+                self.finished[key] = update.finish_reason
+        self.scheduler.check_integrity()
+
+    def check_outputs(self) -> None:
+        """Assert that all ended and got what each gets alone."""
+        assert {key: (self.outputs[key], reason) for key, reason in self.finished.items()} == self.alone
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Step until nothing is left."""
+        for _ in range(max_steps):
+            if not self.step():
+                return
+        raise AssertionError(f"not idle after {max_steps} steps")
