@@ -29,7 +29,8 @@ class _Row(NamedTuple):
 class Cause(Enum):
     """Why a service is not ready (or that it is), the gravest first: of several, the first is told.
 
-    PodFailed is so late because the remains of an evicted pod stay for long; its successor's state is the news.
+    Of what is on its way the pod that is least far is told, so that what is told only advances. PodFailed
+    is so late because the remains of an evicted pod stay for long; its successor's state is the news.
     """
 
     INVALID_SPEC = _Row("False", "InvalidSpec", "{detail}")
@@ -75,10 +76,10 @@ class Cause(Enum):
     )
     STALLED = _Row("False", "ProgressDeadlineExceeded", "no pod has become ready for too long: {detail}")
     GATED = _Row("Unknown", "SchedulingGated", "{pods} wait for their scheduling gates to be lifted")
-    LOADING = _Row("Unknown", "Loading", "{pods} load the model")
-    PULLING = _Row("Unknown", "Pulling", "{pods} pull the model from {source}")
-    POD_FAILED = _Row("False", "PodFailed", "{pods} failed: {detail}")
     STARTING = _Row("Unknown", "Starting", "{pods} are being started")
+    PULLING = _Row("Unknown", "Pulling", "{pods} pull the model from {source}")
+    LOADING = _Row("Unknown", "Loading", "{pods} load the model")
+    POD_FAILED = _Row("False", "PodFailed", "{pods} failed: {detail}")
     ROLLING_OUT = _Row("Unknown", "RollingOut", "{detail}")
     READY = _Row("True", "Ready", "{detail}")
 
@@ -120,9 +121,13 @@ def diagnose(pod: Pod, service: InferenceService) -> Finding:
         finding = _diagnose_container(container)
         if finding is not None:
             return finding
-    if any(container.name == names.PULL_CONTAINER and container.running for container in pod.init_containers):
+    pull = next((container for container in pod.init_containers if container.name == names.PULL_CONTAINER), None)
+    if pull is not None and pull.running:
         return Finding.of(Cause.PULLING, source=service.spec.model.source)
-    if any(container.name == names.ENGINE_CONTAINER and container.running for container in pod.containers):
+    has_pulled = pull is not None and pull.ended is not None  # and well: otherwise that would have been told above
+    if has_pulled or any(
+        container.name == names.ENGINE_CONTAINER and container.running for container in pod.containers
+    ):
         return Finding.of(Cause.LOADING)
     return Finding.of(Cause.STARTING)
 

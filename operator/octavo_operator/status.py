@@ -165,10 +165,11 @@ def _find(
     elif not findings and deployment is not None and _is_complete(deployment, wanted):
         findings[Finding.of(Cause.READY, detail=_sentence(wanted, wanted))] += 0
     else:
+        pods = _updated_pods(observed.pods, deployment)
         findings.update(_deployment_troubles(deployment))
-        findings.update(diagnose(pod, service) for pod in _updated_pods(observed.pods, deployment) if not pod.ready)
+        findings.update(diagnose(pod, service) for pod in pods if not pod.ready)
         if not findings:
-            findings[_progress(deployment, wanted)] = wanted
+            findings[_progress(deployment, wanted, num_ready=len(pods))] = wanted
     order = list(Cause)
     return min(findings.items(), key=lambda item: (order.index(item[0].cause), -item[1], item[0].fields))
 
@@ -197,9 +198,10 @@ def _deployment_troubles(deployment: Child | None) -> Counter[Finding]:
     return findings
 
 
-def _progress(deployment: Child | None, wanted: int) -> Finding:
-    """How far things are while nothing is wrong."""
+def _progress(deployment: Child | None, wanted: int, *, num_ready: int) -> Finding:
+    """How far things are while nothing is wrong; `num_ready` pods are ready, but its Deployment may not know yet."""
     _, serving = _counts(deployment)
+    serving = max(serving, num_ready)
     if deployment is None or not serving:
         return Finding.of(Cause.STARTING)
     updated = deployment.status.get("updatedReplicas", 0) if _is_seen(deployment) else 0

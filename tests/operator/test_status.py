@@ -294,7 +294,7 @@ AILMENTS: tuple[tuple[str, Json, tuple[str, str, str]], ...] = (
             "initContainerStatuses": [container(terminated(code=0, reason="Completed"), "pull", ready=True)],
             "containerStatuses": [container(waiting("PodInitializing"))],
         },
-        ("Unknown", "Starting", "1 of 1 pods are being started"),
+        ("Unknown", "Loading", "1 of 1 pods load the model"),
     ),
     ("is made", {}, ("Unknown", "Starting", "1 of 1 pods are being started")),
     (
@@ -378,6 +378,28 @@ def test_before_the_new_template_has_a_pod_the_old_ones_are_not_blamed() -> None
     unseen = replace(deployment(1), generation=3)
     assert ready(tell(old, there=unseen))[:2] == ("Unknown", "Starting")
     assert ready(tell(old, there=deployment(1, updated=0)))[:2] == ("Unknown", "Starting")
+
+
+def test_on_its_way_to_ready_a_service_only_advances() -> None:
+    pulled = {"initContainerStatuses": [container(terminated(code=0, reason="Completed"), "pull", ready=True)]}
+    way = [
+        ({"initContainerStatuses": [container(waiting("PodInitializing"), "pull")]}, deployment(1)),
+        ({"initContainerStatuses": [container(RUNNING, "pull")]}, deployment(1)),
+        (pulled | {"containerStatuses": [container(waiting("PodInitializing"))]}, deployment(1)),
+        (pulled | engine(RUNNING), deployment(1)),
+        (pulled | READY, deployment(1)),  # the pod is ready, and the Deployment does not know it yet
+        (pulled | READY, deployment(1, ready=1)),
+    ]
+    reasons = [ready(tell(pod(**pod_status), there=there))[1] for pod_status, there in way]
+    assert reasons == ["Starting", "Pulling", "Loading", "Loading", "RollingOut", "Ready"]
+
+
+def test_of_pods_on_their_way_the_one_that_is_least_far_is_told() -> None:
+    pulling = {"initContainerStatuses": [container(RUNNING, "pull")]}
+    there = deployment(3, ready=1)
+    assert ready(tell(pod("a", **READY), pod("b", **engine(RUNNING)), pod("c", **pulling), there=there))[1] == "Pulling"
+    assert ready(tell(pod("a", **READY), pod("b", **READY), pod("c", **pulling), there=there))[1] == "Pulling"
+    assert ready(tell(pod("a", **READY), pod("b", **READY), pod("c"), there=there))[1] == "Starting"
 
 
 def test_a_pod_that_is_going_is_not_counted() -> None:
