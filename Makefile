@@ -49,7 +49,7 @@ test-unit: venv ## Only the tests that need neither the model nor an API server 
 
 .PHONY: test-long
 test-long: venv ## The campaigns that take longer than CI has
-	@$(PYTHON) -m pytest -m long
+	@$(PYTHON) -m pytest -m long -s
 
 .PHONY: bench
 bench: venv ## Octavo beside llama.cpp, vLLM and transformers on this machine (sets them up at first; ARGS=--help)

@@ -75,6 +75,7 @@ def _serve(options: argparse.Namespace) -> None:
         engine=_engine_config(options, location, tuple(options.served_model_name or [location.name])),
         host=options.host,
         port=options.port,
+        max_num_queued_reqs=options.max_num_queued_reqs,
         shutdown_timeout=options.shutdown_timeout,
         termination_log=options.termination_log,
     )
@@ -255,6 +256,12 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names that clients use (default: the model's own)"
+    )
+    group.add_argument(
+        "--max-num-queued-reqs",
+        type=_whole(0),
+        metavar="N",
+        help="requests that may wait; more are answered 503 (default: four times --max-num-seqs)",
     )
     group.add_argument(
         "--shutdown-timeout",

@@ -11,8 +11,10 @@ import logging
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from octavo_engine import liveness
 from octavo_engine.errors import EngineDead, EngineRefused, PeerGone
 from octavo_engine.messages import (
     AbortRequest,
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
     Spawn = Callable[[EngineConfig], tuple["EngineProcess", socket.socket]]  # transport.spawn, or a fake in tests
 
-STUCK_SECONDS: Final = 10.0  # the engine speaks after each step and twice a second while idle
 _EXIT_SECONDS: Final = 5.0  # how long the engine gets to end by itself
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,18 @@ class EngineProcess(Protocol):
         """End it now."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """Where the time of a request went, in seconds, and what it was for."""
+
+    queue_seconds: float  # from being sent to the engine to its first step
+    prefill_seconds: float  # from there to its first tokens
+    decode_seconds: float  # from there to its last ones
+    num_prompt_tokens: int
+    num_tokens: int  # generated
+    max_tokens: int  # asked for
+
+
 class EngineObserver(Protocol):
     """Who wants to know what the engine does (metrics.py). Called in the order of the engine's messages."""
 
@@ -63,8 +76,11 @@ class EngineObserver(Protocol):
     def on_next_tokens(self, *, seconds: float, num_tokens: int) -> None:
         """A request got further tokens, so many seconds after its last ones."""
 
-    def on_stats(self, stats: SchedulerStats) -> None:
-        """A step ended, or an idle moment."""
+    def on_answered(self, answered: Answered) -> None:
+        """A request that got tokens will get no more: it is done, or was given up."""
+
+    def on_step(self, stats: SchedulerStats, *, num_tokens: int) -> None:
+        """A step that computed so many tokens ended, or an idle moment (0)."""
 
 
 class _Stream:
@@ -72,7 +88,10 @@ class _Stream:
 
     def __init__(self, request: AddRequest, now: float) -> None:
         self.request = request
-        self.last_update = now  # seconds on the client's clock; at first, when the request was sent
+        self._sent = now  # monotonic seconds, as the following
+        self._first_update = now
+        self.last_update = now  # at first, when the request was sent
+        self.begun: float | None = None  # when its first step began
         self.num_tokens = 0
         self._tokens: list[int] = []
         self._finish_reason: FinishReason | None = None
@@ -84,9 +103,24 @@ class _Stream:
         self._tokens += update.token_ids
         self._finish_reason = update.finish_reason
         self._error = update.error
+        if not self.num_tokens:
+            self._first_update = now
         self.num_tokens += len(update.token_ids)
         self.last_update = now
         self._news.set()
+
+    def answered(self) -> Answered | None:
+        """Where its time went, if it got any tokens."""
+        if self.begun is None or not self.num_tokens:
+            return None
+        return Answered(
+            queue_seconds=max(0.0, self.begun - self._sent),
+            prefill_seconds=self._first_update - self.begun,
+            decode_seconds=self.last_update - self._first_update,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_tokens=self.num_tokens,
+            max_tokens=self.request.sampling.max_tokens,
+        )
 
     def fail(self, reason: str) -> None:
         self._failure = reason
@@ -120,7 +154,6 @@ class EngineClient:
         process: EngineProcess,
         channel: ClientChannel,
         observer: EngineObserver | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.loading = Loading(phase="Starting", done=0, total=0)
         self.facts: EngineFacts | None = None
@@ -130,13 +163,13 @@ class EngineClient:
         self._observer = observer
         self._streams: dict[str, _Stream] = {}
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
-        self._clock = clock  # seconds
-        self._last_message = clock()
+        self._last_message = time.monotonic()
+        self._progress: liveness.Progress | None = None  # set once the engine is ready
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineFacts] = loop.create_future()
         self._death: asyncio.Future[str] = loop.create_future()
         self._last_words: Refused | None = None
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._send())]
+        self._tasks = [asyncio.create_task(task) for task in (self._receive(), self._send(), self._watch())]
 
     @classmethod
     async def start(
@@ -168,14 +201,10 @@ class EngineClient:
         """Why the engine cannot be counted on, or None. Loading may pause for as long as the disk does."""
         if self._death.done():
             return self._death.result()
-        silence = self._clock() - self._last_message
-        if self.facts is not None and silence > STUCK_SECONDS:
-            running = self.stats.num_running if self.stats else 0
-            return (
-                f"the engine process (pid {self._process.pid}) has been silent for {silence:.0f} s, "
-                f"with {running} requests running"
-            )
-        return None
+        problem = self._progress.problem if self._progress is not None else None
+        if problem is not None and self.stats is not None:
+            problem += f". {self.stats.num_running} requests run, {self.stats.num_waiting} wait"
+        return problem
 
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
@@ -191,7 +220,7 @@ class EngineClient:
         if self._death.done():
             raise EngineDead(self._death.result())
         request = AddRequest(request_id=request_id, prompt_token_ids=tuple(prompt_token_ids), sampling=sampling)
-        stream = self._streams[request_id] = _Stream(request, self._clock())
+        stream = self._streams[request_id] = _Stream(request, time.monotonic())
         self._outbox.put_nowait(request)
         finished = False
         try:
@@ -201,6 +230,8 @@ class EngineClient:
                 yield update
         finally:
             del self._streams[request_id]
+            if self._observer is not None and (answered := stream.answered()) is not None:
+                self._observer.on_answered(answered)
             if not finished:
                 self._outbox.put_nowait(AbortRequest(request_id=request_id))
 
@@ -227,11 +258,19 @@ class EngineClient:
             while True:
                 await self._channel.send(await self._outbox.get())
 
+    async def _watch(self) -> None:
+        while not self._death.done():
+            await asyncio.sleep(liveness.LOOK_SECONDS)
+            if self._progress is not None:
+                self._progress.look(liveness.look_at(self._process.pid))
+
     async def _receive(self) -> None:
         try:
             while True:
                 message = await self._channel.receive()
-                self._last_message = self._clock()
+                self._last_message = time.monotonic()
+                if self._progress is not None:
+                    self._progress.heard()
                 match message:
                     case StepOutputs():
                         self._on_step(message)
@@ -239,6 +278,7 @@ class EngineClient:
                         self.loading = message
                     case EngineFacts():
                         self.facts = message
+                        self._progress = liveness.Progress(self._process.pid, message.device)
                         self._ready.set_result(message)
                     case Refused():
                         self._last_words = message
@@ -251,6 +291,10 @@ class EngineClient:
 
     def _on_step(self, message: StepOutputs) -> None:
         self.stats = message.stats
+        for request_id in message.prefilled:
+            begun = self._streams.get(request_id)
+            if begun is not None and begun.begun is None:
+                begun.begun = message.started
         for update in message.updates:
             stream = self._streams.get(update.request_id)
             if stream is None:  # aborted in the meantime
@@ -258,7 +302,7 @@ class EngineClient:
             self._observe(stream, update)
             stream.put(update, self._last_message)
         if self._observer is not None:
-            self._observer.on_stats(message.stats)
+            self._observer.on_step(message.stats, num_tokens=message.num_tokens)
 
     def _observe(self, stream: _Stream, update: RequestUpdate) -> None:
         if self._observer is None or not update.token_ids:

@@ -15,6 +15,9 @@ from octavo_engine.errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
+# Who comes when so many wait would get the first token after about as many whole answers: better to go elsewhere.
+DEFAULT_QUEUED_PER_RUNNING = 4
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -49,5 +52,13 @@ class ServerConfig:
     engine: EngineConfig
     host: str = "0.0.0.0"  # noqa: S104 - a server in a pod listens on every address
     port: int = 8000
+    max_num_queued_reqs: int | None = None  # requests that may wait to be scheduled; None: four for each running one
     shutdown_timeout: float = 300.0  # seconds that running requests get to finish after SIGTERM
     termination_log: Path | None = None  # where a refusal to start is written as JSON for the operator
+
+    @property
+    def queue_limit(self) -> int:
+        """How many requests may wait."""
+        if self.max_num_queued_reqs is not None:
+            return self.max_num_queued_reqs
+        return DEFAULT_QUEUED_PER_RUNNING * self.engine.max_num_seqs

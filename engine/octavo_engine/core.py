@@ -18,6 +18,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING, NoReturn
 
 from octavo_engine.errors import PeerGone, RequestInvalid, UserError
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from octavo_engine.config import EngineConfig
     from octavo_engine.messages import ToEngine
-    from octavo_engine.plan import LoadedModel, Runner
+    from octavo_engine.plan import LoadedModel
 
     OnProgress = Callable[[str, int, int], None]  # phase, bytes done, bytes in total
     LoadRunner = Callable[[EngineConfig, OnProgress], LoadedModel]
@@ -57,7 +58,7 @@ class ShutdownRequested(Exception):
     """The API process asked this one to end."""
 
 
-def run_loop(channel: EngineChannel, scheduler: Scheduler, runner: Runner) -> NoReturn:
+def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel) -> NoReturn:
     """Serve requests for ever.
 
     Raises:
@@ -67,22 +68,33 @@ def run_loop(channel: EngineChannel, scheduler: Scheduler, runner: Runner) -> No
     """
     while True:
         messages = channel.receive(timeout=0 if scheduler.has_requests else IDLE_WAIT_SECONDS)
-        updates = deliver(messages, scheduler)
+        updates = deliver(messages, scheduler, model.vocab_size)
+        started = time.monotonic()
         plan = scheduler.schedule()
-        if plan is not None:
-            updates += scheduler.update(plan, runner.execute(plan))
-        else:
+        if plan is None:
             scheduler.check_integrity()
-        channel.send(StepOutputs(updates=updates, stats=scheduler.stats()))
+            channel.send(StepOutputs(updates=updates, stats=scheduler.stats()))
+            continue
+        updates += scheduler.update(plan, model.runner.execute(plan))
+        channel.send(
+            StepOutputs(
+                updates=updates,
+                stats=scheduler.stats(),
+                started=started,
+                num_tokens=plan.num_tokens,
+                prefilled=tuple(r.request_id for r in plan.requests if r.num_computed_tokens < r.num_prompt_tokens),
+            )
+        )
 
 
-def deliver(messages: Iterable[ToEngine], scheduler: Scheduler) -> tuple[RequestUpdate, ...]:
-    """Hand messages to the scheduler; return the last words to the requests that it refuses."""
+def deliver(messages: Iterable[ToEngine], scheduler: Scheduler, vocab_size: int) -> tuple[RequestUpdate, ...]:
+    """Hand messages to the scheduler; return the last words to the requests that are refused."""
     refusals = []
     for message in messages:
         match message:
             case AddRequest():
                 try:
+                    check_token_ids(message, vocab_size)
                     scheduler.add(message)
                 except RequestInvalid as error:
                     refusals += [
@@ -102,6 +114,19 @@ def deliver(messages: Iterable[ToEngine], scheduler: Scheduler) -> tuple[Request
     return tuple(refusals)
 
 
+def check_token_ids(request: AddRequest, vocab_size: int) -> None:
+    """Refuse a token id that the model does not know: in a step it would be the end of all requests.
+
+    The server refuses such ids by the tokenizer's vocabulary, which need not be that of the weights.
+
+    Raises:
+        RequestInvalid: there is one.
+    """
+    wrong = next((token_id for token_id in request.prompt_token_ids if not 0 <= token_id < vocab_size), None)
+    if wrong is not None:
+        raise RequestInvalid(f"token id {wrong} is not in the model's vocabulary of {vocab_size}", param="prompt")
+
+
 def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -> int:
     """Load the model and serve; return the process' exit status, 1 if the engine cannot start or go on."""
     try:
@@ -116,7 +141,7 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
             enable_prefix_caching=config.enable_prefix_caching,
         )
         channel.send(model.facts)
-        run_loop(channel, scheduler, model.runner)
+        run_loop(channel, scheduler, model)
     except ShutdownRequested:
         return 0
     except PeerGone:

@@ -13,7 +13,7 @@
     |   |-- DeviceMissing           --device asks for hardware that is not there
     |   |-- EngineRefused           any of these in the engine process, as the API process learns of it
     |   `-- RequestInvalid          an HTTP request; `param` names the field
-    |-- NotServing                  no new request now: loading, draining, or the engine is stuck
+    |-- NotServing                  no new request now: loading, draining, the engine is stuck, or the queue is full
     |-- GenerationFailed            the engine gave up on one request; the others are not touched
     |-- EngineDead                  the engine process ended
     `-- PeerGone (EOFError)         API process or engine process, to the other one: the socket between them has ended
@@ -24,6 +24,10 @@ the reason and so part of the contract with the operator.
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+RejectionReason = Literal["loading", "draining", "unhealthy", "queue_full"]
 
 
 class OctavoError(Exception):
@@ -102,8 +106,9 @@ class RequestInvalid(UserError):
 class NotServing(OctavoError):
     """No new request can be served now; becomes a 503 with Retry-After."""
 
-    def __init__(self, message: str, *, retry_after: int) -> None:
+    def __init__(self, message: str, *, reason: RejectionReason, retry_after: int) -> None:
         super().__init__(message)
+        self.reason = reason  # the code in OpenAI's envelope and the label in metrics
         self.retry_after = retry_after  # seconds
 
 

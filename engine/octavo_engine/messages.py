@@ -103,6 +103,9 @@ class StepOutputs(Message, frozen=True):
 
     updates: tuple[RequestUpdate, ...]
     stats: SchedulerStats
+    started: float = 0.0  # when the step began, by time.monotonic(), which the processes of a machine share
+    num_tokens: int = 0  # computed in the step, over all requests; 0: this is no step but a sign of life
+    prefilled: tuple[str, ...] = ()  # the requests of whose prompts the step computed a part
 
 
 ToEngine = AddRequest | AbortRequest | Shutdown

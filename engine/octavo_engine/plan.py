@@ -102,3 +102,4 @@ class LoadedModel:
     runner: Runner
     facts: EngineFacts  # block_size, num_blocks and max_model_len are what the scheduler works with
     eos_token_ids: frozenset[int]  # any of these ends a request, unless it asked for ignore_eos
+    vocab_size: int  # rows of the embedding: the model knows token ids below this

@@ -121,7 +121,7 @@ def load_runner(config: EngineConfig, on_progress: Callable[[str, int, int], Non
         device=device.type,
         num_parameters=checkpoint.num_parameters,
     )
-    return LoadedModel(runner, facts, spec.eos_token_ids)
+    return LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size)
 
 
 def _cache_shape(spec: DecoderSpec, plan: MemoryPlan) -> CacheShape:

@@ -2,18 +2,104 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import gguf
+import httpx
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo_cluster.model import demo_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
+
+    import torch
+    from openai import AsyncOpenAI, OpenAI
+    from transformers import LlamaConfig
+
+# ruff: noqa: PLC0415 - torch, transformers and openai take ten seconds to import, and many tests here need none of them
+
+
+START_SECONDS = 240.0  # a busy machine with two cores loads slowly
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """What the fixture gives."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.05)
+
+
+class ServedModel:
+    """`octavo serve` in processes of its own; leaving ends them."""
+
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "octavo_engine", "serve", str(model), "--host", "127.0.0.1", "--port", "0"]
+        command += options
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        try:
+            wait_until(self._listens, START_SECONDS)
+            wait_until(lambda: self.get("/ready").status_code == 200 or self.process.poll() is not None, START_SECONDS)
+            assert self.process.poll() is None, self.log.read_text()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, IndexError):  # it may have ended before
+                os.kill(self.engine_pid, signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+
+    @property
+    def engine_pid(self) -> int:
+        """The engine process: the only child of the API process."""
+        pid = self.process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+    def get(self, path: str) -> httpx.Response:
+        """GET, without keeping the connection."""
+        return httpx.get(f"{self.url}{path}", timeout=30, headers={"Connection": "close"})
+
+    def metric(self, name: str) -> float:
+        """The value of a metric that has only the labels that all have."""
+        match = re.search(rf"^{name}\{{[^}}]*\}} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert match is not None, name
+        return float(match[1])
+
+    def sync_client(self) -> OpenAI:
+        """The client, that does not try twice."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def async_client(self) -> AsyncOpenAI:
+        """The same for asyncio."""
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def _listens(self) -> bool:
+        match = re.search(r"listening on (http://\S+)", self.log.read_text())
+        self.url = match[1] if match else ""
+        assert self.process.poll() is None, self.log.read_text()
+        return bool(self.url)
 
 
 class WriteGGUF(Protocol):
@@ -26,6 +112,26 @@ class WriteGGUF(Protocol):
         ...
 
 
+class Serve(Protocol):
+    """Starts a server in a context, with options of `octavo serve`; it takes requests when the context is entered."""
+
+    def __call__(self, model: Path, log: Path, *options: str) -> ServedModel:
+        """Start it; what it says goes to `log`."""
+        ...
+
+
+@pytest.fixture(scope="session")
+def serve() -> Serve:
+    """Starts servers as users do."""
+    return ServedModel
+
+
+@pytest.fixture(name="wait_until", scope="session")
+def wait_until_fixture() -> Callable[..., None]:
+    """Poll until a condition holds, for at most so many seconds."""
+    return wait_until
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, downloaded at first use."""
@@ -35,6 +141,9 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_in_transformers(smollm2_path: Path) -> Any:
     """The same weights, dequantised to float32 by the gguf package, in transformers' model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     reader = gguf.GGUFReader(smollm2_path)
 
     def value(key: str) -> Any:
@@ -67,6 +176,9 @@ def smollm2_in_transformers(smollm2_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def tiny_llama() -> Any:
     """A Llama of two layers with random float32 weights: 4 query heads on 2 KV heads, its own output matrix."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96,

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 CONFIG = EngineConfig(model=Path("fake.gguf"), served_model_names=("fake",))
 FACTS = EngineFacts(max_model_len=400, block_size=4, num_blocks=100, dtype="float32", device="cpu", num_parameters=1)
-EOS = 0
+EOS = 100
+VOCAB_SIZE = 1000
 DEADLINE = 30.0  # seconds after which a test gives up
 
 
@@ -84,7 +85,7 @@ class FailingRunner:
 def load_at_once(runner: Runner) -> core.LoadRunner:
     def load(_config: EngineConfig, on_progress: core.OnProgress) -> LoadedModel:
         on_progress("Loading", 1, 2)
-        return LoadedModel(runner=runner, facts=FACTS, eos_token_ids=frozenset({EOS}))
+        return LoadedModel(runner=runner, facts=FACTS, eos_token_ids=frozenset({EOS}), vocab_size=VOCAB_SIZE)
 
     return load
 
@@ -181,8 +182,8 @@ async def test_a_request_gets_its_tokens_step_by_step() -> None:
 async def test_the_models_eos_ends_a_request() -> None:
     async with ready_engine(CountingRunner()) as engine:
         sampling = SamplingParams(max_tokens=9)
-        await engine.client.send(AddRequest(request_id="a", prompt_token_ids=(-3,), sampling=sampling))
-        assert await engine.output("a") == ((-2, -1, EOS), "stop")
+        await engine.client.send(AddRequest(request_id="a", prompt_token_ids=(EOS - 3,), sampling=sampling))
+        assert await engine.output("a") == ((EOS - 2, EOS - 1, EOS), "stop")
 
 
 async def test_requests_that_come_within_a_step_join_the_next_one() -> None:
@@ -210,6 +211,22 @@ async def test_a_request_that_cannot_fit_is_refused_alone() -> None:
         assert "400 tokens" in str(refusal.error)
         await engine.client.send(add("another", (1,)))
         assert await engine.output("another") == ((2, 3, 4), "length")
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB_SIZE, 2**62])
+async def test_a_token_that_the_model_does_not_know_is_refused_alone(wrong: int) -> None:
+    async with ready_engine(CountingRunner()) as engine:
+        await engine.client.send(add("good", (1,)))
+        await engine.client.send(add("bad", (1, wrong, 1)))
+        await engine.client.send(add("another", (1,)))
+        answers: dict[str, tuple[int, ...]] = {"good": (), "another": ()}
+        while min(map(len, answers.values())) < 3:
+            for update in await engine.next_updates():
+                if update.request_id == "bad":
+                    assert (update.finish_reason, f"token id {wrong}" in str(update.error)) == ("error", True)
+                else:
+                    answers[update.request_id] += update.token_ids
+        assert answers == {"good": (2, 3, 4), "another": (2, 3, 4)}
 
 
 async def test_an_aborted_request_gets_nothing_after_the_step_that_runs() -> None:

@@ -381,7 +381,7 @@ def test_before_the_new_template_has_a_pod_the_old_ones_are_not_blamed() -> None
 
 
 def test_on_its_way_to_ready_a_service_only_advances() -> None:
-    pulled = {"initContainerStatuses": [container(terminated(code=0, reason="Completed"), "pull", ready=True)]}
+    pulled: Json = {"initContainerStatuses": [container(terminated(code=0, reason="Completed"), "pull", ready=True)]}
     way = [
         ({"initContainerStatuses": [container(waiting("PodInitializing"), "pull")]}, deployment(1)),
         ({"initContainerStatuses": [container(RUNNING, "pull")]}, deployment(1)),
@@ -395,7 +395,7 @@ def test_on_its_way_to_ready_a_service_only_advances() -> None:
 
 
 def test_of_pods_on_their_way_the_one_that_is_least_far_is_told() -> None:
-    pulling = {"initContainerStatuses": [container(RUNNING, "pull")]}
+    pulling: Json = {"initContainerStatuses": [container(RUNNING, "pull")]}
     there = deployment(3, ready=1)
     assert ready(tell(pod("a", **READY), pod("b", **engine(RUNNING)), pod("c", **pulling), there=there))[1] == "Pulling"
     assert ready(tell(pod("a", **READY), pod("b", **READY), pod("c", **pulling), there=there))[1] == "Pulling"

@@ -1,24 +1,29 @@
-"""The FastAPI application over a Service: routes, error envelope, request ids."""
+"""The FastAPI application over a Service: routes, error envelope, request ids, bounds of bodies and connections."""
 
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 
 import octavo_engine
-from octavo_engine.errors import NotServing
 from octavo_engine.server import envelope, health
 from octavo_engine.server.openai import routes
-from octavo_engine.server.service import RETRY_SECONDS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from octavo_engine.server.service import Service
+
+MAX_BODY_BYTES: Final = 8 * 2**20  # a prompt of over a million tokens, as text or as ids
+_MAX_DISCARDED_BYTES: Final = 8 * MAX_BODY_BYTES
+MAX_CONNECTION_SECONDS: Final = 300.0  # then its client connects anew, and may find another replica less busy
+CONNECTED_AT: Final = "connected_at"  # in the scope's state: when the connection was made, monotonic seconds
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -35,7 +40,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 class _EveryRequest:
-    """X-Request-Id on every response, the client's where it sent one; what draining means for connections."""
+    """X-Request-Id on every response, the client's where it sent one; an end to large bodies and old connections."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -47,21 +52,46 @@ class _EveryRequest:
             return
         sent = Headers(scope=scope).get("X-Request-Id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        connected_at = scope.get("state", {}).get(CONNECTED_AT, time.monotonic())
+        receive = _bounded(receive)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                if self._service.draining:  # the next request on this connection would be refused
+                # The next request would be refused here, or is better made on a new connection.
+                if self._service.draining or time.monotonic() - connected_at > MAX_CONNECTION_SECONDS:
                     headers["Connection"] = "close"
             await send(message)
 
         if self._service.draining:
             # Requests that began before are let through, whatever they have still to pass. Probes are always answered.
-            reason = self._service.readiness.reason
-            refusal = envelope.respond(NotServing(reason, retry_after=RETRY_SECONDS))
-            app = refusal if scope["method"] == "POST" else self._app
-            await app(scope, receive, send_with_headers)
+            if scope["method"] == "POST":
+                refusal = envelope.respond(self._service.refusal_while_draining())
+                await refusal(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
             return
         with self._service.in_flight():
             await self._app(scope, receive, send_with_headers)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """`receive`, which becomes an answer of 413 where the body is too large. No more of it is kept than is taken."""
+    num_bytes = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes <= MAX_BODY_BYTES:
+            return message
+        # A client that still sends when the connection is closed may never see the answer.
+        while message.get("more_body", False) and num_bytes <= _MAX_DISCARDED_BYTES:
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+        raise HTTPException(
+            413, f"the body exceeds {MAX_BODY_BYTES // 2**20} MiB, the most that is taken", {"Connection": "close"}
+        )
+
+    return receive_bounded

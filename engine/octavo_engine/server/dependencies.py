@@ -1,5 +1,6 @@
-"""How a route gets at the service."""
+"""What routes need of the service."""
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -13,3 +14,11 @@ def _current_service(request: Request) -> Service:
 
 
 CurrentService = Annotated[Service, Depends(_current_service)]
+
+
+async def _admission(service: CurrentService) -> AsyncIterator[None]:
+    with service.admission():
+        yield
+
+
+Admission = Depends(_admission)  # for routes that generate: until the response has ended, a stream's last byte included

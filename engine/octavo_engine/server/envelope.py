@@ -39,7 +39,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         case RequestInvalid():
             return error.status, envelope(error.status, str(error), param=error.param, code=error.code)
         case NotServing():
-            return 503, envelope(503, str(error), code="not_serving")
+            return 503, envelope(503, str(error), code=error.reason)
         case EngineDead():
             return 503, envelope(503, str(error), code="engine_dead")
         case GenerationFailed():

@@ -6,11 +6,16 @@ service.py how each request ended.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from octavo_engine.errors import RejectionReason
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from octavo_engine.client import Answered
     from octavo_engine.messages import EngineFacts, SchedulerStats
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
@@ -28,6 +33,8 @@ _REQUEST_BUCKETS: Final = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # seconds
+_TOKEN_BUCKETS: Final = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_STEP_TOKEN_BUCKETS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # fmt: on
 
 
@@ -62,6 +69,35 @@ class Metrics:
         self._request = self._histogram(
             "vllm:e2e_request_latency_seconds", "From the request to its last token.", _REQUEST_BUCKETS
         )
+        self._queue_time = self._histogram(
+            "vllm:request_queue_time_seconds", "From the request to its first step.", _REQUEST_BUCKETS
+        )
+        self._prefill_time = self._histogram(
+            "vllm:request_prefill_time_seconds", "From the first step to the first token.", _REQUEST_BUCKETS
+        )
+        self._decode_time = self._histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the last.", _REQUEST_BUCKETS
+        )
+        self._inference_time = self._histogram(
+            "vllm:request_inference_time_seconds", "From the first step to the last token.", _REQUEST_BUCKETS
+        )
+        self._token_time = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Between two tokens, in the mean over a request.",
+            _INTER_TOKEN_BUCKETS,
+        )
+        self._num_prompt_tokens = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS
+        )
+        self._num_generation_tokens = self._histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS
+        )
+        self._max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "Tokens that a request asked for at most.", _TOKEN_BUCKETS
+        )
+        self._step_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Tokens computed in a step.", _STEP_TOKEN_BUCKETS
+        )
         success = Counter(
             "vllm:request_success",
             "Requests ended, by how.",
@@ -71,6 +107,15 @@ class Metrics:
         # Every reason is there from the start: a rate over a series that appears with its first event misses it.
         self._finished = {
             reason: success.labels(**self._labels, finished_reason=reason) for reason in _FINISHED_REASONS
+        }
+        rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests for generation answered 503, by why.",
+            ["model_name", "reason"],
+            registry=self._registry,
+        )
+        self._rejections = {
+            reason: rejections.labels(model_name=model_name, reason=reason) for reason in get_args(RejectionReason)
         }
         self._num_preemptions_seen = 0
         self._num_prefix_queries_seen = 0
@@ -88,8 +133,22 @@ class Metrics:
             self._inter_token.observe(seconds / num_tokens)
         self._generation_tokens.inc(num_tokens)
 
-    def on_stats(self, stats: SchedulerStats) -> None:
-        """A step ended (EngineObserver)."""
+    def on_answered(self, answered: Answered) -> None:
+        """A request got its last token (EngineObserver)."""
+        self._queue_time.observe(answered.queue_seconds)
+        self._prefill_time.observe(answered.prefill_seconds)
+        self._decode_time.observe(answered.decode_seconds)
+        self._inference_time.observe(answered.prefill_seconds + answered.decode_seconds)
+        if answered.num_tokens > 1:
+            self._token_time.observe(answered.decode_seconds / (answered.num_tokens - 1))
+        self._num_prompt_tokens.observe(answered.num_prompt_tokens)
+        self._num_generation_tokens.observe(answered.num_tokens)
+        self._max_tokens.observe(answered.max_tokens)
+
+    def on_step(self, stats: SchedulerStats, *, num_tokens: int) -> None:
+        """A step ended, or an idle moment (EngineObserver)."""
+        if num_tokens:
+            self._step_tokens.observe(num_tokens)
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0)
@@ -106,6 +165,10 @@ class Metrics:
         """A request ended, so many seconds after it came in."""
         self._finished[reason].inc()
         self._request.observe(seconds)
+
+    def on_rejected(self, reason: RejectionReason) -> None:
+        """A request for generation was not let in."""
+        self._rejections[reason].inc()
 
     def on_ready(self, facts: EngineFacts) -> None:
         """The engine is ready; its cache has these dimensions from now on."""
@@ -128,7 +191,7 @@ class Metrics:
     def _counter(self, name: str, documentation: str) -> Counter:
         return Counter(name, documentation, list(self._labels), registry=self._registry).labels(**self._labels)
 
-    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+    def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, documentation, list(self._labels), buckets=buckets, registry=self._registry).labels(
             **self._labels
         )

@@ -11,12 +11,14 @@ import logging
 import os
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo_engine.errors import ConfigError, EngineDead
-from octavo_engine.server.app import create_app
+from octavo_engine.server.app import CONNECTED_AT, create_app
 from octavo_engine.server.service import Service
 
 if TYPE_CHECKING:
@@ -68,6 +70,15 @@ async def run_service(service: Service, sock: socket.socket) -> None:
         await asyncio.gather(listening, working, return_exceptions=True)
 
 
+class Connection(H11Protocol):
+    """uvicorn's, which tells the application how old it is."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Note when (asyncio.Protocol)."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, CONNECTED_AT: time.monotonic()}
+
+
 class _Server(uvicorn.Server):
     """uvicorn, which on its own would close the socket at the first signal."""
 
@@ -75,6 +86,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
+                http=Connection,
                 log_config=None,
                 access_log=False,  # service.py logs each generation; probes are not worth a line
                 lifespan="off",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from octavo_engine.client import Spawn
     from octavo_engine.config import ServerConfig
+    from octavo_engine.errors import RejectionReason
     from octavo_engine.generation import GenerationRequest, TextDelta
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
@@ -68,6 +69,7 @@ class Service:
         self._client: EngineClient | None = None
         self._model: LanguageModel | None = None
         self.num_in_flight = 0
+        self._num_admitted = 0  # requests for generation among them
         self._idle = asyncio.Event()
 
     async def run(self) -> None:
@@ -129,7 +131,8 @@ class Service:
             NotServing: it takes no requests now.
         """
         if self._model is None or self.problem is not None:
-            raise NotServing(self.readiness.reason, retry_after=RETRY_SECONDS)
+            reason: RejectionReason = "unhealthy" if self.problem is not None else "loading"
+            raise NotServing(self.readiness.reason, reason=reason, retry_after=RETRY_SECONDS)
         return self._model
 
     def model_named(self, name: str) -> LanguageModel:
@@ -157,6 +160,42 @@ class Service:
             self.num_in_flight -= 1
             if not self.num_in_flight:
                 self._idle.set()
+
+    @contextlib.contextmanager
+    def admission(self) -> Iterator[None]:
+        """Let a request for generation in, before anything is done for it, and count it until its response has ended.
+
+        Raises:
+            NotServing: the queue is full. This, and any other that comes from inside, is counted.
+        """
+        try:
+            self._refuse_overflow()
+            self._num_admitted += 1
+            try:
+                yield
+            finally:
+                self._num_admitted -= 1
+        except NotServing as refusal:
+            self.metrics.on_rejected(refusal.reason)
+            raise
+
+    def refusal_while_draining(self) -> NotServing:
+        """What new requests are told, and counted as, while the server shuts down."""
+        self.metrics.on_rejected("draining")
+        return NotServing(self.readiness.reason, reason="draining", retry_after=RETRY_SECONDS)
+
+    def _refuse_overflow(self) -> None:
+        # While nothing waits in the engine, all its seats can be taken; otherwise as many are as it has memory for.
+        stats = self._client.stats if self._client is not None else None
+        num_seats = stats.num_running if stats and stats.num_waiting else self.config.engine.max_num_seqs
+        limit = self.config.queue_limit
+        if self._num_admitted >= num_seats + limit:
+            raise NotServing(
+                f"the queue is full: {self._num_admitted - num_seats} requests wait already, and --max-num-queued-reqs "
+                f"is {limit}. Try again later",
+                reason="queue_full",
+                retry_after=RETRY_SECONDS,
+            )
 
     async def generate(self, model: LanguageModel, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
         """As LanguageModel.generate, counted and logged."""

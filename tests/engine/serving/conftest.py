@@ -93,7 +93,7 @@ class FakeEngine:
         facts = EngineFacts(
             max_model_len=MAX_MODEL_LEN, block_size=4, num_blocks=1000, dtype="float32", device="cpu", num_parameters=1
         )
-        return LoadedModel(runner=FakeRunner(self), facts=facts, eos_token_ids=frozenset({EOS}))
+        return LoadedModel(runner=FakeRunner(self), facts=facts, eos_token_ids=frozenset({EOS}), vocab_size=260)
 
     def end(self) -> None:
         """Let every process end."""
@@ -137,7 +137,7 @@ class FakeRunner:
 class FakeProcess:
     """One engine in a thread, seen as client.EngineProcess."""
 
-    pid = 4242
+    pid = 2**30  # no process of that number can be: what it does cannot be looked up
 
     def __init__(self, engine: FakeEngine, config: EngineConfig, sock: socket.socket) -> None:
         self._socket = sock

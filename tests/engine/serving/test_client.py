@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from octavo_engine.client import STUCK_SECONDS, EngineClient
+from octavo_engine.client import Answered, EngineClient
 from octavo_engine.errors import EngineDead, EngineRefused
 from octavo_engine.plan import SamplingParams
 from octavo_engine.transport import ClientChannel
@@ -23,23 +24,14 @@ PROMPT = [3 + byte for byte in b"Hi"]
 SAMPLING = SamplingParams(max_tokens=100)
 
 
-class Clock:
-    """Time that passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        """As time.monotonic."""
-        return self.now
-
-
 class Notes:
     """An observer that remembers."""
 
     def __init__(self) -> None:
         self.first: list[tuple[int, int]] = []
         self.num_next = 0
+        self.answered: list[Answered] = []
+        self.num_computed = 0
         self.stats: SchedulerStats | None = None
 
     def on_first_tokens(self, *, seconds: float, num_prompt_tokens: int, num_tokens: int) -> None:
@@ -52,14 +44,14 @@ class Notes:
         self.num_next += num_tokens
         assert seconds >= 0
 
-    def on_stats(self, stats: SchedulerStats) -> None:
+    def on_answered(self, answered: Answered) -> None:
+        """As EngineObserver."""
+        self.answered.append(answered)
+
+    def on_step(self, stats: SchedulerStats, *, num_tokens: int) -> None:
         """As EngineObserver."""
         self.stats = stats
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+        self.num_computed += num_tokens
 
 
 @pytest.fixture
@@ -74,9 +66,9 @@ def loading(engine: FakeEngine) -> None:
 
 
 @pytest.fixture
-async def client(engine: FakeEngine, config: ServerConfig, clock: Clock, notes: Notes) -> AsyncIterator[EngineClient]:
+async def client(engine: FakeEngine, config: ServerConfig, notes: Notes) -> AsyncIterator[EngineClient]:
     process, sock = engine.spawn(config.engine)
-    client = EngineClient(process, await ClientChannel.open(sock), notes, clock)
+    client = EngineClient(process, await ClientChannel.open(sock), notes)
     yield client
     engine.loaded.set()
     engine.steps.set()
@@ -141,40 +133,42 @@ async def test_the_observer_is_told_of_every_token(client: EngineClient, notes: 
     assert notes.num_next == len("The answer is 42.")  # EOS counts
 
 
-@pytest.mark.usefixtures("loading")
-async def test_loading_is_told_and_is_no_problem_however_long_it_takes(
-    client: EngineClient, clock: Clock, eventually: Eventually
+async def test_the_observer_learns_where_the_time_went(
+    client: EngineClient, engine: FakeEngine, notes: Notes, eventually: Eventually
 ) -> None:
+    """Over a request that found the engine busy, so that it waited for a step to end before its own began."""
+    await client.ready()
+    engine.steps.clear()
+    first = asyncio.create_task(text_of(client, "first"))
+
+    async def is_busy() -> bool:
+        return engine.num_steps == 1
+
+    await eventually(is_busy)
+    started = time.monotonic()
+    second = asyncio.create_task(text_of(client, "second"))
+    await asyncio.sleep(0.2)  # what is to be seen as its time in the queue
+    engine.steps.set()
+    await asyncio.gather(first, second)
+    seconds = time.monotonic() - started
+    num_tokens = len("The answer is 42.") + 1
+    for answered in notes.answered:
+        assert (answered.num_prompt_tokens, answered.num_tokens, answered.max_tokens) == (2, num_tokens, 100)
+        assert min(answered.queue_seconds, answered.prefill_seconds, answered.decode_seconds) >= 0
+    waited, worked = sorted(notes.answered, key=lambda answered: -answered.queue_seconds)
+    assert worked.prefill_seconds >= 0.2 > worked.queue_seconds
+    assert waited.queue_seconds >= 0.2
+    assert waited.queue_seconds + waited.prefill_seconds + waited.decode_seconds <= seconds
+    assert notes.num_computed == 2 * (2 + num_tokens - 1)
+
+
+@pytest.mark.usefixtures("loading")
+async def test_loading_is_told_and_is_no_problem(client: EngineClient, eventually: Eventually) -> None:
     async def told() -> bool:
         return (client.loading.phase, client.loading.done, client.loading.total) == ("Loading", 25, 100)
 
     await eventually(told)
-    clock.now += 10 * STUCK_SECONDS
     assert client.problem is None
-
-
-async def test_an_engine_that_is_silent_for_too_long_is_a_problem_and_recovers(
-    client: EngineClient, engine: FakeEngine, clock: Clock, eventually: Eventually
-) -> None:
-    await client.ready()
-    engine.steps.clear()
-    running = asyncio.create_task(text_of(client, "a"))
-
-    async def stepping() -> bool:
-        return engine.num_steps > 0
-
-    await eventually(stepping)
-    clock.now += STUCK_SECONDS - 1
-    assert client.problem is None
-    clock.now += 2
-    assert "silent for 11 s" in (client.problem or "")
-    engine.steps.set()
-    assert await running == ("The answer is 42.", "stop")
-
-    async def well() -> bool:
-        return client.problem is None
-
-    await eventually(well)
 
 
 @pytest.mark.usefixtures("loading")

@@ -24,7 +24,7 @@ def values_of(text: str) -> dict[str, float]:
             if sample.name.endswith("_created"):
                 continue
             labels = sample.labels.copy()
-            assert (labels.pop("model_name"), labels.pop("engine")) == ("fake", "0")
+            assert (labels.pop("model_name"), labels.pop("engine", "0")) == ("fake", "0")
             inside = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
             values[sample.name + (f"{{{inside}}}" if inside else "")] = sample.value
     return values
@@ -51,6 +51,16 @@ async def test_the_metrics_are_vllms_by_name_and_type(ready: httpx.AsyncClient) 
         "vllm:inter_token_latency_seconds": "histogram",
         "vllm:e2e_request_latency_seconds": "histogram",
         "vllm:request_success": "counter",
+        "vllm:request_queue_time_seconds": "histogram",
+        "vllm:request_prefill_time_seconds": "histogram",
+        "vllm:request_decode_time_seconds": "histogram",
+        "vllm:request_inference_time_seconds": "histogram",
+        "vllm:request_time_per_output_token_seconds": "histogram",
+        "vllm:request_prompt_tokens": "histogram",
+        "vllm:request_generation_tokens": "histogram",
+        "vllm:request_params_max_tokens": "histogram",
+        "vllm:iteration_tokens_total": "histogram",
+        "vllm:admission_rejections": "counter",
         "vllm:cache_config_info": "gauge",
         "octavo:kv_cache_waste_perc": "gauge",
     }
@@ -72,6 +82,12 @@ async def test_a_request_is_counted_to_the_token(ready: httpx.AsyncClient, event
     assert values["vllm:time_to_first_token_seconds_count"] == 2
     assert values["vllm:inter_token_latency_seconds_count"] == num_generated - 2
     assert values["vllm:e2e_request_latency_seconds_count"] == 2
+    for part in ("queue", "prefill", "decode", "inference"):
+        assert values[f"vllm:request_{part}_time_seconds_count"] == 2
+    assert values["vllm:request_prompt_tokens_sum"] == 6
+    assert values["vllm:request_generation_tokens_sum"] == num_generated
+    assert values["vllm:request_params_max_tokens_sum"] == 305
+    assert values["vllm:iteration_tokens_total_sum"] == 6 + num_generated - 2  # the last tokens are not computed with
     assert values["vllm:request_success_total{finished_reason=length}"] == 1
     assert values["vllm:request_success_total{finished_reason=stop}"] == 1
     assert values["vllm:request_success_total{finished_reason=abort}"] == 0
@@ -82,16 +98,16 @@ async def test_a_request_is_counted_to_the_token(ready: httpx.AsyncClient, event
 def test_waste_is_the_share_of_slots_that_blocks_hold_and_no_token_needs() -> None:
     metrics = Metrics("fake")
     metrics.on_ready(FACTS)
-    metrics.on_stats(stats(num_used_blocks=5, num_used_slots=15))
+    metrics.on_step(stats(num_used_blocks=5, num_used_slots=15), num_tokens=0)
     assert values_of(metrics.render().decode())["octavo:kv_cache_waste_perc"] == pytest.approx(0.25)
-    metrics.on_stats(stats())
+    metrics.on_step(stats(), num_tokens=0)
     assert values_of(metrics.render().decode())["octavo:kv_cache_waste_perc"] == 0
 
 
 def test_gauges_follow_the_scheduler_and_preemptions_only_grow() -> None:
     metrics = Metrics("fake")
-    metrics.on_stats(stats(num_running=3, num_waiting=2, num_used_blocks=5, num_preemptions=4))
-    metrics.on_stats(stats(num_running=1, num_waiting=0, num_used_blocks=2, num_preemptions=6))
+    metrics.on_step(stats(num_running=3, num_waiting=2, num_used_blocks=5, num_preemptions=4), num_tokens=0)
+    metrics.on_step(stats(num_running=1, num_waiting=0, num_used_blocks=2, num_preemptions=6), num_tokens=0)
     values = values_of(metrics.render().decode())
     assert values["vllm:num_requests_running"] == 1
     assert values["vllm:num_requests_waiting"] == 0
@@ -101,8 +117,8 @@ def test_gauges_follow_the_scheduler_and_preemptions_only_grow() -> None:
 
 def test_the_prefix_caches_counters_are_those_of_the_scheduler() -> None:
     metrics = Metrics("fake")
-    metrics.on_stats(stats(num_prefix_cache_queries=40, num_prefix_cache_hits=8))
-    metrics.on_stats(stats(num_prefix_cache_queries=100, num_prefix_cache_hits=32))
+    metrics.on_step(stats(num_prefix_cache_queries=40, num_prefix_cache_hits=8), num_tokens=0)
+    metrics.on_step(stats(num_prefix_cache_queries=100, num_prefix_cache_hits=32), num_tokens=0)
     values = values_of(metrics.render().decode())
     assert values["vllm:prefix_cache_queries_total"] == 100
     assert values["vllm:prefix_cache_hits_total"] == 32

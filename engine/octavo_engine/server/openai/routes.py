@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from octavo_engine.errors import OctavoError
 from octavo_engine.generation import GenerationRequest, LanguageModel, TextDelta
-from octavo_engine.server.dependencies import CurrentService
+from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.envelope import describe
 from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
 from octavo_engine.server.openai.replies import ChatReply, CompletionReply, Reply, Usage
@@ -25,7 +25,7 @@ _CLIENT_GONE: Final = 499  # nginx's status for a client that left; nobody reads
 _STARTED: Final = int(time.time())
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", dependencies=[Admission])
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, service: CurrentService) -> Response:
     """Answer a conversation."""
     model = service.model_named(body.model)
@@ -39,7 +39,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     return await _answer(request, body, deltas, reply, len(prompt))
 
 
-@router.post("/completions")
+@router.post("/completions", dependencies=[Admission])
 async def create_completion(body: CompletionRequest, request: Request, service: CurrentService) -> Response:
     """Continue a prompt."""
     model = service.model_named(body.model)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from octavo_engine.liveness import LONGEST_STEP_SECONDS, LOOK_SECONDS, STUCK_SECONDS, Activity, Progress, look_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+STUCK_LOOKS = round(STUCK_SECONDS / LOOK_SECONDS)
+LONGEST_STEP_LOOKS = round(LONGEST_STEP_SECONDS["cpu"] / LOOK_SECONDS)
+
+
+class Computing:
+    """Activity of a process that computes, in whatever state a look finds it."""
+
+    def __init__(self, state: str) -> None:
+        self._state = state
+        self._cpu_ticks = 0
+
+    def __call__(self) -> Activity:
+        """The next look."""
+        self._cpu_ticks += 1
+        return Activity(self._state, self._cpu_ticks)
+
+
+def waiting(state: str) -> Callable[[], Activity]:
+    """Activity of a process that uses no processor time."""
+    return lambda: Activity(state, 17)
+
+
+def after(num_looks: int, activity: Callable[[], Activity | None], device: str = "cpu") -> Progress:
+    """What is known after so many looks at a process that said something before the first one."""
+    progress = Progress(4242, device)
+    progress.look(activity())
+    progress.heard()
+    for _ in range(num_looks):
+        progress.look(activity())
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("T", "stopped by a signal"),
+        ("t", "stopped by a debugger"),
+        ("D", "waiting for a disk or device"),
+        ("S", "it is waiting"),
+    ],
+)
+def test_a_process_that_neither_speaks_nor_computes_is_stuck(state: str, told: str) -> None:
+    assert after(STUCK_LOOKS - 1, waiting(state)).problem is None
+    problem = after(STUCK_LOOKS, waiting(state)).problem
+    assert problem is not None
+    assert "4242" in problem
+    assert told in problem
+
+
+@pytest.mark.parametrize("activity", [Computing("S"), Computing("R"), waiting("R"), lambda: None])
+def test_a_long_step_is_no_problem_while_the_process_computes_or_would_if_it_could(
+    activity: Callable[[], Activity | None],
+) -> None:
+    assert after(10 * STUCK_LOOKS, activity).problem is None
+
+
+def test_an_endless_loop_is_stuck_however_busy() -> None:
+    assert after(LONGEST_STEP_LOOKS - 1, Computing("R")).problem is None
+    assert "busy" in str(after(LONGEST_STEP_LOOKS, Computing("R")).problem)
+
+
+def test_waiting_for_a_gpu_looks_busy_and_is_given_less_time() -> None:
+    num_looks = round(LONGEST_STEP_SECONDS["cuda"] / LOOK_SECONDS)
+    assert num_looks < LONGEST_STEP_LOOKS
+    assert "busy" in str(after(num_looks, Computing("R"), "cuda").problem)
+
+
+def test_a_word_or_a_moment_of_computing_clears_the_suspicion() -> None:
+    progress = after(STUCK_LOOKS, waiting("T"))
+    progress.heard()
+    assert progress.problem is None
+    progress = after(STUCK_LOOKS, waiting("T"))
+    progress.look(Activity("S", 18))
+    assert progress.problem is None
+
+
+@pytest.fixture
+def loop() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that computes without end."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        yield process
+        process.kill()
+
+
+def test_a_process_that_computes_uses_time_and_one_that_is_stopped_does_not(loop: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+
+    def poll(condition: Callable[[Activity], bool]) -> Activity:
+        while not condition(activity := look_at(loop.pid) or Activity("", 0)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return activity
+
+    first = poll(lambda activity: activity.state == "R")
+    poll(lambda activity: activity.cpu_ticks > first.cpu_ticks)
+    os.kill(loop.pid, signal.SIGSTOP)
+    stopped = poll(lambda activity: activity.state == "T")
+    assert look_at(loop.pid) == stopped
+
+
+def test_a_process_that_is_gone_cannot_be_looked_at() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert look_at(process.pid) is None
