@@ -35,15 +35,14 @@ def measure(num_running: int) -> tuple[float, float]:
         block_size=8,
         max_model_len=4000,
         max_num_seqs=num_running,
-        max_num_batched_tokens=max(512, num_running),
+        max_num_batched_tokens=64 * num_running,
         eos_token_ids=frozenset({0}),
     )
     sampling = SamplingParams(max_tokens=3900, ignore_eos=True)
     for number in range(num_running):
         prompt = (number, *range(36 + number % 8))
         scheduler.add(AddRequest(request_id=f"chatcmpl-{number:032x}", prompt_token_ids=prompt, sampling=sampling))
-    while scheduler.stats().num_used_slots < 37 * num_running:  # until all prompts are computed
-        step(scheduler)
+    step(scheduler)  # computes all prompts
     num_steps = _REQUEST_STEPS_A_ROUND // num_running // _ROUNDS
     rounds = []
     for _ in range(_ROUNDS):

@@ -66,15 +66,19 @@ def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel) -
         PeerGone: the API process is gone.
         Exception: whatever the runner raises; the state of the cache is unknown then.
     """
+    is_idle = False
     while True:
         messages = channel.receive(timeout=0 if scheduler.has_requests else IDLE_WAIT_SECONDS)
         updates = deliver(messages, scheduler, model.vocab_size)
         started = time.monotonic()
         plan = scheduler.schedule()
         if plan is None:
-            scheduler.check_integrity()
+            if messages or not is_idle:  # once, when the last request has gone: it looks at every block
+                scheduler.check_integrity()
+            is_idle = True
             channel.send(StepOutputs(updates=updates, stats=scheduler.stats()))
             continue
+        is_idle = False
         updates += scheduler.update(plan, model.runner.execute(plan))
         channel.send(
             StepOutputs(

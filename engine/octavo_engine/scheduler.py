@@ -41,7 +41,7 @@ preempted requests stay in the cache until memory is needed; after an error they
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from itertools import pairwise
+from itertools import islice, pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,7 @@ class Scheduler:
         self._in_step: list[Request] = []  # those of the plan that is under way, in its order
         self._copies: list[tuple[int, int]] = []  # of the plan that is being made
         self._num_added = 0
+        self._num_ended = 0
         self._num_preemptions = 0
         self._num_prefix_cache_queries = 0
         self._num_prefix_cache_hits = 0
@@ -173,8 +174,9 @@ class Scheduler:
         assert result.step == plan.step == self._step, "steps are taken back in order"
         self._step += 1
         block_size = self._kv.block_size
-        updates = []
+        updates: list[RequestUpdate] = []
         results = iter(result.results)
+        num_ended = self._num_ended
         for request, scheduled in zip(self._in_step, plan.requests, strict=True):
             request.num_computed_tokens += len(scheduled.token_ids)
             if not scheduled.needs_token:
@@ -182,11 +184,14 @@ class Scheduler:
             row = next(results)
             if row.error is None and request.num_computed_tokens - request.num_offered_tokens >= block_size:
                 self._offer_blocks(request)
-            others = self._fork(request) if request.num_choices > 1 else ()
-            updates.append(self._take(request, row))
-            updates += [self._take(other, next(results)) for other in others]
+            if request.num_choices == 1:
+                updates.append(self._take(request, row))
+            else:
+                rows = [row, *islice(results, request.num_choices - 1)]
+                updates += map(self._take, self._fork(request), rows)
         assert next(results, None) is None, "more results than were asked for"
-        self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
+        if self._num_ended > num_ended:
+            self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
         return tuple(updates)
 
     def stats(self) -> SchedulerStats:
@@ -313,28 +318,30 @@ class Scheduler:
         return scheduled
 
     def _fork(self, request: Request) -> list[Request]:
-        """Split a request whose prompt is computed into its choices; return the new ones."""
+        """Split a request whose prompt is computed into its choices."""
         request.shares_last_block = request.num_computed_tokens % self._kv.block_size != 0
         choices = request.fork()
         self._kv.share(request.block_ids, len(choices) - 1)
         for choice in choices[1:]:
             insort(self._running, choice, key=_order)
-        self._requests[request.request_id] = choices
-        return choices[1:]
+        self._requests[request.request_id] = list(choices)
+        return choices
 
     def _take(self, request: Request, row: RequestResult) -> RequestUpdate:
         """Take in what a step sampled for one choice."""
         if row.token_id is None:
+            token_ids: tuple[int, ...] = ()
             finish_reason: FinishReason | None = "error"
             self._kv.forget(request.block_ids)
         else:
+            token_ids = (row.token_id,)
             finish_reason = request.append(row.token_id)
         if finish_reason is not None:
             self._finish(request)
         return RequestUpdate(
             request_id=request.request_id,
             choice=request.choice,
-            token_ids=() if row.token_id is None else (row.token_id,),
+            token_ids=token_ids,
             finish_reason=finish_reason,
             error=row.error,
             num_cached_tokens=request.num_cached_tokens or 0,
@@ -362,6 +369,7 @@ class Scheduler:
 
     def _finish(self, request: Request) -> None:
         """End a choice; the caller takes it out of its queue."""
+        self._num_ended += 1
         self._release(request)
         request.status = RequestStatus.FINISHED
         choices = self._requests[request.request_id]

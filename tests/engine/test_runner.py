@@ -78,6 +78,29 @@ def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(write_tiny_
     assert runner.execute(StepPlan(0, (renamed,))).results == (alone,)
 
 
+def test_choices_that_begin_draw_from_one_row_each_by_itself(write_tiny_gguf: Any) -> None:
+    runner = load(write_tiny_gguf()).runner
+    sampling = SamplingParams(max_tokens=8, temperature=1.5, seed=11)
+    prompt = ScheduledRequest("a", (5, 6, 7), 0, (0,), needs_token=True, sampling=sampling, num_choices=8)
+    beside = request("b", (3, 4), block=2, sampling=sampling)
+    *choices, last = runner.execute(StepPlan(0, (prompt, beside))).results
+    assert len(set(choices)) > 1
+    assert runner.execute(StepPlan(1, (beside,))).results == (last,)
+    for choice, expected in enumerate(choices):
+        alone = ScheduledRequest("a", (5, 6, 7), 0, (0,), needs_token=True, sampling=sampling, choice=choice)
+        assert runner.execute(StepPlan(2, (alone,))).results == (expected,)
+
+
+def test_a_plans_copies_are_made_before_its_tokens_are_stored(write_tiny_gguf: Any) -> None:
+    runner = load(write_tiny_gguf()).runner
+    runner.execute(StepPlan(0, (request("a", (5, 6, 7)),)))
+    on_its_own = request("a", (8,), at=3, block=2)
+    fork = ScheduledRequest("a", (9,), 3, (0,), needs_token=True, sampling=GREEDY, choice=1)
+    forked = runner.execute(StepPlan(1, (on_its_own, fork), ((0, 2),))).results
+    for last, expected in zip((8, 9), forked, strict=True):
+        assert runner.execute(StepPlan(2, (request("b", (5, 6, 7, last), block=4),))).results == (expected,)
+
+
 def test_a_request_whose_numbers_are_not_finite_fails_alone(write_tiny_gguf: Any, tiny_llama: Any) -> None:
     embedding = tiny_llama.state_dict()["model.embed_tokens.weight"].clone()
     embedding[50] = math.nan

@@ -4,27 +4,27 @@ Called by kvcache/manager.py and pool.py only. Knows tokens as numbers and block
 
 KV depends on all tokens before it, so a block is named by a hash over the name of the block before it and its own
 tokens: one look-up by that name finds a block that holds these tokens in this place after those before them. The hash
-is a cryptographic one of 256 bits, so that nobody can make two prompts share a name and read another's KV.
+is a cryptographic one of 512 bits, so that nobody can make two prompts share a name and read another's KV.
 """
 
 from __future__ import annotations
 
-from array import array
 from hashlib import blake2b
+from struct import pack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-HASH_BYTES = 32
+HASH_BYTES = 64
 
 
 def hash_blocks(hashes: list[bytes], token_ids: Sequence[int], block_size: int, num_blocks: int) -> None:
     """Extend `hashes`, the names of the first blocks of a sequence, until there are `num_blocks`, all of them full."""
     for start in range(len(hashes) * block_size, num_blocks * block_size, block_size):
         parent = hashes[-1] if hashes else b""
-        tokens = array("q", token_ids[start : start + block_size])
-        hashes.append(blake2b(parent + tokens.tobytes(), digest_size=HASH_BYTES).digest())
+        tokens = pack(f"{block_size}q", *token_ids[start : start + block_size])
+        hashes.append(blake2b(parent + tokens).digest())
 
 
 class PrefixIndex:

@@ -71,9 +71,10 @@ def test_short_prompts_are_computed_as_they_are_admitted_however_many_long_ones_
     num_spare_tokens=st.integers(0, 20),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     short_length=st.integers(1, 6),
+    short_priority=st.sampled_from([0, 3]),
 )
 def test_a_long_prompt_is_done_within_its_bound_however_many_short_ones_keep_coming(
-    max_num_seqs: int, num_spare_tokens: int, lengths: list[int], short_length: int
+    max_num_seqs: int, num_spare_tokens: int, lengths: list[int], short_length: int, short_priority: int
 ) -> None:
     budget = max_num_seqs + num_spare_tokens
     engine = Engine(num_blocks=1000, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
@@ -85,7 +86,7 @@ def test_a_long_prompt_is_done_within_its_bound_however_many_short_ones_keep_com
         bound += -(-length // num_tokens_a_step)
         while f"long {i}" not in engine.finished:
             for k in range(max_num_seqs):
-                engine.add(f"short {engine.num_steps}-{k}", short_length, max_tokens=2)
+                engine.add(f"short {engine.num_steps}-{k}", short_length, max_tokens=2, priority=short_priority)
             engine.step()
             assert engine.num_steps <= bound
 
