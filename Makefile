@@ -60,7 +60,7 @@ lint: venv ## ruff, mypy strict, import-linter, generated files up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/mypy tests e2e manifests/generate.py
+	@$(VENV)/bin/mypy tests e2e manifests/generate.py docs/generate_options.py
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) -m octavo_operator.api.crd --check
 
@@ -70,9 +70,10 @@ format: venv ## Format and fix what ruff can fix
 	@$(VENV)/bin/ruff format
 
 .PHONY: generate
-generate: venv ## Write the generated files anew (CRD, chart template, manifests/install)
+generate: venv ## Write the generated files anew (CRD, chart template, manifests/install, docs/options.md)
 	@$(PYTHON) -m octavo_operator.api.crd
 	@PYTHONPATH=e2e $(PYTHON) manifests/generate.py
+	@$(PYTHON) docs/generate_options.py
 
 .PHONY: lock
 lock: venv ## Resolve the newest versions, at least a week old, into constraints.txt

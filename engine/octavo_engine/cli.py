@@ -1,30 +1,32 @@
-"""The `octavo` command: reads the command line, hands a frozen configuration to what does the work, tells how it went.
+"""The `octavo` command: hands a frozen configuration to what does the work, and tells how it went.
 
-Flags are named as vLLM's where vLLM has them. What a command needs is imported when it runs, so that `octavo --version`
-and a mistyped flag cost nothing.
+arguments.py reads the command line. What a command needs is imported when it runs, so that `octavo --version` and a
+mistyped flag cost nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import contextlib
 import json
 import logging
-import math
 import os
 import sys
+import tempfile
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final
 
-import octavo_engine
-from octavo_engine.config import Device, DType, EngineConfig, ServerConfig
-from octavo_engine.errors import ConfigError, EngineDead, EngineRefused, UserError
+from octavo_engine.arguments import build_parser
+from octavo_engine.config import EngineConfig, ServerConfig
+from octavo_engine.errors import ConfigError, EngineDead, SourceUnreachable, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    import argparse
+    from collections.abc import Mapping, Sequence
 
+    from octavo_engine.planning import Model
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
 
@@ -32,22 +34,11 @@ if TYPE_CHECKING:
 # ruff: noqa: T201 - printing is what this is for
 
 _MAX_TERMINATION_BYTES: Final = 4096  # what Kubernetes keeps of a termination message
-_MODEL_HELP: Final = (
-    "a .gguf file, a name from `octavo list`, a short name (smollm2), "
-    "hf://ORG/REPO[@REVISION]:FILE.gguf or https://.../FILE.gguf; what is not here yet is pulled"
-)
-_ENVIRONMENT_HELP: Final = (
-    "environment: HF_TOKEN, the Hugging Face hub's token for gated and private repositories; HF_ENDPOINT, "
-    "the address of a mirror of the hub; XDG_CACHE_HOME, under which models are kept"
-)
-
-
-_DEFAULTS: Final = {field.name: field.default for config in (ServerConfig, EngineConfig) for field in fields(config)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 done, 1 it could not be done, 2 the command line is wrong."""
-    options = _parser().parse_args(arguments)
+    options = build_parser(_COMMANDS).parse_args(arguments)
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it writes a line for each request
     try:
@@ -55,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, EngineDead) as error:
         print(f"octavo: {error}", file=sys.stderr)
         if options.termination_log is not None:
-            _write_termination_log(options.termination_log, error)
+            _write_termination_log(options.termination_log, _told(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -70,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from octavo_engine.server.run import serve
 
-    location = _locate(options.model)
+    location = _locate(options.model, options.revision)
     config = ServerConfig(
         engine=_engine_config(options, location, tuple(options.served_model_name or [location.name])),
         host=options.host,
@@ -85,7 +76,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from octavo_engine.terminal import Chat, converse, print_answer
 
-    location = _locate(options.model)
+    location = _locate(options.model, options.revision)
     prompt = " ".join(options.prompt)
     if not sys.stdin.isatty():
         prompt = "\n\n".join(part for part in (prompt, sys.stdin.read().strip()) if part)
@@ -102,15 +93,41 @@ def _run(options: argparse.Namespace) -> None:
             converse(chat)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from octavo_engine.planning import plan_for_cpu, plan_for_gpus
+
+    if options.gpus is not None and options.gpu_memory is None:
+        raise ConfigError(f"--gpus {options.gpus} says nothing without --gpu-memory, such as --gpu-memory 80GiB")
+    location = _locate(options.model, options.revision)
+    config = replace(_engine_config(options, location, (location.name,)), tensor_parallel_size=options.gpus or 1)
+    model = _read_model(location)
+    try:
+        if options.gpu_memory is None:
+            plan = plan_for_cpu(model, config, processes=(os.getpid(),))
+        else:
+            plan = plan_for_gpus(model, config, gpu_memory=options.gpu_memory)
+    except UserError as error:
+        if options.json:
+            print(json.dumps(_told(error)))
+        raise
+    print(json.dumps(plan.facts()) if options.json else plan.describe())
+
+
 def _pull(options: argparse.Namespace) -> None:
-    location = _locate(options.source)
+    location = _locate(options.source, options.revision)
     if location.source is None:
         raise ConfigError(f"{options.source} is on this machine already: {location.path}")
     if options.output is not None:
         output = options.output / location.path.name if options.output.is_dir() else options.output
         location = replace(location, path=output)
+    with contextlib.suppress(SourceUnreachable):  # the pull itself tries again and again
+        _read_model(location)  # what this engine cannot run is not worth its download
     _pull_if_missing(location)
+    model = _read_model(location)
     print(location.path)
+    if options.termination_log is not None:
+        told = {"reason": "Pulled", "message": f"{location.name} is at {location.path}", "facts": model.facts()}
+        _write_termination_log(options.termination_log, told)
 
 
 def _list(_options: argparse.Namespace) -> None:
@@ -138,6 +155,18 @@ def _rm(options: argparse.Namespace) -> None:
 # From options to configuration
 
 
+def _read_model(location: Location) -> Model:
+    """What the model's header tells, which is fetched alone where the model is not here yet."""
+    from octavo_engine.planning import read_model
+
+    if location.source is None or not location.is_missing:
+        return read_model(location.path)
+    from octavo_engine.store.header import fetch_header
+
+    with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
+        return read_model(asyncio.run(fetch_header(location.source, Path(folder), hub=_hub(os.environ))))
+
+
 def _pull_if_missing(location: Location) -> None:
     from octavo_engine.store.progress import ProgressLine
     from octavo_engine.store.pull import pull
@@ -156,10 +185,11 @@ def _pull_if_missing(location: Location) -> None:
     )
 
 
-def _locate(model: str) -> Location:
+def _locate(model: str, revision: str | None) -> Location:
     from octavo_engine.store.local import locate
+    from octavo_engine.store.source import at_revision
 
-    return locate(model, _store())
+    return locate(at_revision(model, revision) if revision is not None else model, _store())
 
 
 def _store() -> Path:
@@ -176,188 +206,26 @@ def _hub(environment: Mapping[str, str]) -> Hub:
 
 
 def _engine_config(options: argparse.Namespace, location: Location, names: tuple[str, ...]) -> EngineConfig:
-    return EngineConfig(
-        model=location.path,
-        served_model_names=names,
-        dtype=options.dtype,
-        device=options.device,
-        tensor_parallel_size=options.tensor_parallel_size,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        block_size=options.block_size,
-        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
-        seed=options.seed,
-    )
+    """Every option of the engine is a field of its configuration, under the same name."""
+    given = {field.name: getattr(options, field.name) for field in fields(EngineConfig) if field.name in options}
+    return EngineConfig(**(given | {"model": location.path, "served_model_names": names}))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="octavo", description="Serve large language models, or talk to one.")
-    parser.add_argument("--version", action="version", version=f"octavo {octavo_engine.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-
-    serve = commands.add_parser("serve", help="serve a model over HTTP", epilog=_ENVIRONMENT_HELP)
-    serve.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    _add_server_options(serve)
-    _add_engine_options(serve)
-    serve.set_defaults(command=_serve, log_level=logging.INFO)
-
-    run = commands.add_parser("run", help="talk to a model on the terminal", epilog=_ENVIRONMENT_HELP)
-    run.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    run.add_argument("prompt", metavar="PROMPT", nargs="*", help="answer this and leave; standard input is added to it")
-    run.add_argument("--system", metavar="TEXT", help="the system message of the conversation")
-    run.add_argument("--temperature", type=_between(0.0, 2.0), default=0.7, help="0: greedy (default: %(default)s)")
-    _add_engine_options(run)
-    run.set_defaults(command=_run, log_level=logging.WARNING, termination_log=None)
-
-    pull = commands.add_parser("pull", help="fetch a model", epilog=_ENVIRONMENT_HELP)
-    pull.add_argument(
-        "source", metavar="SOURCE", help="a short name, hf://ORG/REPO[@REVISION]:FILE.gguf or https://..."
-    )
-    pull.add_argument("--output", type=Path, metavar="PATH", help="where to put it (default: the local store)")
-    _add_termination_log(pull)
-    pull.set_defaults(command=_pull, log_level=logging.WARNING)
-
-    listing = commands.add_parser("list", help="list the models in the local store")
-    listing.set_defaults(command=_list, log_level=logging.WARNING, termination_log=None)
-
-    remove = commands.add_parser("rm", help="delete models from the local store")
-    remove.add_argument("models", metavar="MODEL", nargs="+", help="a name from `octavo list`")
-    remove.set_defaults(command=_rm, log_level=logging.WARNING, termination_log=None)
-    return parser
+def _told(error: UserError | EngineDead) -> dict[str, Any]:
+    """What went wrong, as the termination log has it."""
+    if isinstance(error, UserError):
+        return {"reason": error.reason, "message": str(error), "facts": error.facts}
+    return {"reason": type(error).__name__, "message": str(error), "facts": {}}
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations, which would break when an option is added, and options in any place.
-
-    argparse on its own takes no PROMPT after an option (its documentation, "Intermixed parsing").
-    """
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(allow_abbrev=False, **arguments)
-        self._intermixing = False
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse intermixed; which itself parses options and positionals apart, by this method."""
-        if self._intermixing or self._subparsers is not None:
-            return super().parse_known_args(args, namespace)
-        self._intermixing = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._intermixing = False
-
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default=_DEFAULTS["host"], help="address to listen on (default: %(default)s)")
-    group.add_argument(
-        "--port", type=_whole(0, 65535), default=_DEFAULTS["port"], help="0: any free one (default: %(default)s)"
-    )
-    group.add_argument(
-        "--served-model-name", nargs="+", metavar="NAME", help="names that clients use (default: the model's own)"
-    )
-    group.add_argument(
-        "--max-num-queued-reqs",
-        type=_whole(0),
-        metavar="N",
-        help="requests that may wait; more are answered 503 (default: four times --max-num-seqs)",
-    )
-    group.add_argument(
-        "--shutdown-timeout",
-        type=_between(0.0, 86400.0),
-        default=_DEFAULTS["shutdown_timeout"],
-        metavar="SECONDS",
-        help="what running requests get to finish after SIGTERM (default: %(default)g)",
-    )
-    _add_termination_log(group)
-
-
-def _add_termination_log(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--termination-log", type=Path, metavar="PATH", help="write the reason as JSON here if this command fails"
-    )
-
-
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine")
-    positive = _whole(1)
-    group.add_argument(
-        "--dtype", choices=get_args(DType), default=_DEFAULTS["dtype"], help="of computation and KV cache"
-    )
-    group.add_argument(
-        "--device", choices=get_args(Device), default=_DEFAULTS["device"], help="an explicit one is never replaced"
-    )
-    group.add_argument(
-        "--tensor-parallel-size",
-        type=positive,
-        default=_DEFAULTS["tensor_parallel_size"],
-        metavar="N",
-        help="ranks that share the model",
-    )
-    group.add_argument(
-        "--max-model-len", type=positive, metavar="TOKENS", help="longest prompt and answer (default: fits)"
-    )
-    group.add_argument(
-        "--max-num-seqs",
-        type=positive,
-        default=_DEFAULTS["max_num_seqs"],
-        metavar="N",
-        help="requests in one step (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        type=positive,
-        default=_DEFAULTS["max_num_batched_tokens"],
-        metavar="TOKENS",
-        help="tokens in one step (default: %(default)s)",
-    )
-    group.add_argument("--block-size", type=positive, metavar="TOKENS", help="of the KV cache (default: by device)")
-    group.add_argument(
-        "--kv-cache-memory-bytes", type=positive, metavar="BYTES", help="(default: a share of what is free)"
-    )
-    group.add_argument(
-        "--seed", type=_whole(0, 2**63 - 1), default=_DEFAULTS["seed"], help="of sampling (default: %(default)s)"
-    )
-
-
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return a parser of whole numbers in a range, whose message argparse puts behind the option's name."""
-
-    def parse(text: str) -> int:
-        number = int(text) if text.lstrip("-").isdecimal() else None
-        if number is None or number < least or (most is not None and number > most):
-            bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
-        return number
-
-    return parse
-
-
-def _between(least: float, most: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
-        return number
-
-    return parse
-
-
-def _write_termination_log(path: Path, error: UserError | EngineDead) -> None:
+def _write_termination_log(path: Path, told: dict[str, Any]) -> None:
     """Tell the operator, in what Kubernetes keeps of a termination message."""
-    reason = error.reason if isinstance(error, UserError) else type(error).__name__
-    facts = error.facts if isinstance(error, EngineRefused) else {}
-    message = str(error)
-    while (
-        len(body := json.dumps({"reason": reason, "message": message, "facts": facts}).encode())
-        > _MAX_TERMINATION_BYTES
-    ):
-        message = message[: len(message) * 3 // 4]
+    while len(body := json.dumps(told).encode()) > _MAX_TERMINATION_BYTES:
+        told = told | {"message": told["message"][: len(told["message"]) * 3 // 4]}
     try:
         path.write_bytes(body)
     except OSError as cause:  # the reason itself is told already
         print(f"octavo: --termination-log {path}: {cause.strerror}", file=sys.stderr)
+
+
+_COMMANDS: Final = {"serve": _serve, "run": _run, "plan": _plan, "pull": _pull, "list": _list, "rm": _rm}

@@ -14,6 +14,7 @@ from octavo_engine.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["auto", "none"]
 
 # Who comes when so many wait would get the first token after about as many whole answers: better to go elsewhere.
 DEFAULT_QUEUED_PER_RUNNING = 4
@@ -26,6 +27,8 @@ class EngineConfig:
     model: Path  # a GGUF file on this machine
     served_model_names: tuple[str, ...]  # names that clients may use; the first one is reported
     dtype: DType = "auto"  # computation and KV-cache type; auto: bfloat16 where the device computes in it, else float32
+    quantization: Quantization = "auto"  # auto: weights as the file has them; none: dequantised to the dtype
+    tokenizer: Path | None = None  # file with tokenizer and chat template; None: the model's own
     device: Device = "auto"  # auto: cuda where there is a usable GPU, else cpu; an explicit device is never replaced
     tensor_parallel_size: int = 1  # ranks that share the model
     max_model_len: int | None = None  # longest prompt + output in tokens; None: what the model and the KV budget allow
@@ -33,7 +36,9 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # token budget of one step, decodes and prefill chunks together
     block_size: int | None = None  # KV slots in a block; None: 8 on CPU, 16 on GPU
     kv_cache_memory_bytes: int | None = None  # for KV blocks; None: a share of what the cgroup or the GPU has free
+    gpu_memory_utilization: float | None = None  # share of a GPU's memory to use in all; None: 0.9; not for a CPU
     enable_prefix_caching: bool = True  # keep KV of ended requests while memory lasts, for prompts that begin alike
+    deterministic: bool = False  # a request's tokens may not depend on the other requests; refused where they would
     seed: int = 0  # seeds the sampling of requests that bring no seed of their own
 
     def __post_init__(self) -> None:

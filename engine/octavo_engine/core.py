@@ -31,6 +31,7 @@ from octavo_engine.messages import (
     Shutdown,
     StepOutputs,
 )
+from octavo_engine.planning import plan_ahead
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.transport import EngineChannel, config_from_json
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from octavo_engine.config import EngineConfig
+    from octavo_engine.errors import Facts
     from octavo_engine.messages import ToEngine
     from octavo_engine.plan import LoadedModel
 
@@ -152,25 +154,30 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
         logger.info("the API process is gone: ending")
         return 0
     except UserError as error:
-        refuse(channel, error.reason, str(error))
+        refuse(channel, error.reason, str(error), error.facts)
         return 1
     except Exception as error:
         logger.exception("the engine failed")
-        refuse(channel, "EngineFailed", f"{type(error).__name__}: {error}")
+        refuse(channel, "EngineFailed", f"{type(error).__name__}: {error}", {})
         return 1
 
 
 def load_model(config: EngineConfig, on_progress: OnProgress) -> LoadedModel:
-    """Load the model by runner.py; imported here, so that a failing import is told as any other failure to start."""
+    """Plan, then load the model by runner.py; imported here, so that a failing import is told as any failure to start.
+
+    Raises:
+        UserError: the model cannot run here.
+    """
+    plan = plan_ahead(config)
     from octavo_engine.runner import load_runner  # noqa: PLC0415 - torch comes in here and not before
 
-    return load_runner(config, on_progress)
+    return load_runner(config, on_progress, plan)
 
 
-def refuse(channel: EngineChannel, reason: str, message: str) -> None:
+def refuse(channel: EngineChannel, reason: str, message: str, facts: Facts) -> None:
     """Tell the API process why this one ends, if it is still there."""
     with contextlib.suppress(PeerGone):
-        channel.send(Refused(reason=reason, message=message, facts={}))
+        channel.send(Refused(reason=reason, message=message, facts=facts))
 
 
 def bind_to_parent() -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from octavo_engine import resources
-from octavo_engine.errors import DeviceMissing
+from octavo_engine import planning
+from octavo_engine.errors import ConfigError, DeviceMissing
+from octavo_engine.sizing import Memory
 
 if TYPE_CHECKING:
-    from octavo_engine.config import Device, DType
+    from octavo_engine.config import Device, EngineConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,28 +35,31 @@ def choose_device(wanted: Device) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_dtype(wanted: DType, device: torch.device) -> torch.dtype:
-    """The dtype for `--dtype`; auto is bfloat16 where the device multiplies it natively, else float32."""
-    if wanted != "auto":
-        return _DTYPES[wanted]
-    return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+def choose_dtype(config: EngineConfig, device: torch.device) -> str:
+    """The dtype for `--dtype`; auto is bfloat16 where the device multiplies it natively, else float32.
+
+    Raises:
+        ConfigError: --deterministic, and the dtype does not allow it.
+    """
+    if device.type == "cpu":
+        return planning.choose_cpu_dtype(config)
+    if config.deterministic:
+        raise ConfigError("--deterministic: not with a GPU yet; use --device cpu")
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that `--dtype` has for it."""
-    return str(dtype).removeprefix("torch.")
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that `--dtype` has under this name."""
+    return _DTYPES[name]
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes of the device's memory that this process may still take."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    return resources.available_memory()
+def gpu_memory(device: torch.device, utilization: float | None) -> Memory:
+    """What this process may still take of a GPU's memory, under --gpu-memory-utilization.
 
-
-def _has_native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()  # x86 names; an ARM CPU reports none of them
-    return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+    What others hold of the GPU counts towards the share, as vLLM has it; this process' CUDA context is among them.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    share = utilization or planning.DEFAULT_GPU_MEMORY_UTILIZATION
+    return Memory(device="cuda", available_bytes=max(0, int(total * share) - (total - free)), process_bytes=0)

@@ -10,6 +10,7 @@
     |   |-- ModelInvalid            the file is truncated, corrupt or of an unknown kind
     |   |-- ModelUnsupported        a well-formed model that this engine cannot run
     |   |-- ModelDoesNotFit         weights or one sequence's KV cache exceed the memory
+    |   |-- TensorParallelInvalid   the model cannot be split over so many devices
     |   |-- DeviceMissing           --device asks for hardware that is not there
     |   |-- EngineRefused           any of these in the engine process, as the API process learns of it
     |   `-- RequestInvalid          an HTTP request; `param` names the field
@@ -25,9 +26,10 @@ the reason and so part of the contract with the operator.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 RejectionReason = Literal["loading", "draining", "unhealthy", "queue_full"]
+Facts: TypeAlias = dict[str, int | float | str | list[int]]  # JSON, keys in camelCase as Kubernetes has them
 
 
 class OctavoError(Exception):
@@ -36,6 +38,10 @@ class OctavoError(Exception):
 
 class UserError(OctavoError, ValueError):
     """What the user gave cannot work; the message says what and how to mend it."""
+
+    def __init__(self, message: str, *, facts: Facts | None = None) -> None:
+        super().__init__(message)
+        self.facts: Facts = facts or {}  # what the message says, and what is known of the model, for machines
 
     @property
     def reason(self) -> str:
@@ -75,6 +81,10 @@ class ModelDoesNotFit(UserError):
     """The weights, or the KV cache of one sequence, need more memory than there is."""
 
 
+class TensorParallelInvalid(UserError):
+    """The model cannot be split evenly over so many devices."""
+
+
 class DeviceMissing(UserError):
     """The device asked for is not usable in this process."""
 
@@ -82,10 +92,9 @@ class DeviceMissing(UserError):
 class EngineRefused(UserError):
     """The engine process refused to start, for the reason that its own error gave."""
 
-    def __init__(self, reason: str, message: str, facts: dict[str, int | float | str]) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, message: str, facts: Facts) -> None:
+        super().__init__(message, facts=facts)
         self._reason = reason
-        self.facts = facts  # about the model, for the termination log
 
     @property
     def reason(self) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from octavo_engine.errors import Facts
 from octavo_engine.plan import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -70,7 +71,7 @@ class Refused(Message, frozen=True):
 
     reason: str  # UserError.reason
     message: str
-    facts: dict[str, int | float | str]
+    facts: Facts
 
 
 class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):

@@ -43,6 +43,27 @@ def num_threads(root: Path = _ROOT) -> int:
     return max(1, math.ceil(allowed))
 
 
+def anonymous_memory(pid: int, root: Path = _ROOT) -> int:
+    """Bytes of a process' memory that no file backs; 0 where that cannot be told."""
+    for line in _read(root / f"proc/{pid}/status").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def has_native_bfloat16(root: Path = _ROOT) -> bool:
+    """Whether the processors multiply bfloat16 (AVX-512 BF16 or AMX); Linux on x86 alone tells."""
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        if line.startswith("flags"):
+            return bool({"avx512_bf16", "amx_bf16"} & set(line.split()))
+    return False
+
+
+def has_nvidia_driver(root: Path = _ROOT) -> bool:
+    """Whether there may be a GPU: NVIDIA's driver, or on WSL the one of the host, is here. torch knows for sure."""
+    return (root / "dev/nvidiactl").exists() or (root / "dev/dxg").exists()
+
+
 _MEMORY_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
 
 

@@ -8,18 +8,19 @@ Shapes: S rows to get logits for, V vocabulary.
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import TYPE_CHECKING
 
 import torch
 
 from octavo_engine import device as devices
-from octavo_engine import resources, sampler, sizing
+from octavo_engine import planning, resources, sampler
 from octavo_engine.attention.base import AttentionRules, CacheShape
 from octavo_engine.attention.reference import ReferenceAttention
 from octavo_engine.batch import build_step
 from octavo_engine.errors import ConfigError
 from octavo_engine.messages import EngineFacts
-from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan, StepResult
 from octavo_engine.weights.stored import WeightSource
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.config import EngineConfig
     from octavo_engine.models.spec import DecoderSpec
+    from octavo_engine.planning import Plan
     from octavo_engine.sizing import MemoryPlan
+
+_log = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 64  # enough to use every kernel
 
@@ -76,52 +80,58 @@ class ModelRunner:
         return self._model.forward(step.input_ids, step.positions, rows)
 
 
-def load_runner(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> LoadedModel:
+def load_runner(
+    config: EngineConfig, on_progress: Callable[[str, int, int], None], plan: Plan | None = None
+) -> LoadedModel:
     """Check that the model can run here, load it and compute a first step.
 
     Args:
         config: the options.
         on_progress: called with (phase, bytes done, bytes in all) while it loads.
+        plan: planning.plan_ahead's; without one it is made here, where torch knows the device.
 
     Raises:
         UserError: the model, the device or an option cannot work; before any weight is read, except where a tensor
             contradicts the metadata.
     """
+    device = devices.choose_device(config.device) if plan is None else torch.device(plan.device)
+    plan = plan or _plan(config, device)
     if config.tensor_parallel_size != 1:
         raise ConfigError(
             f"--tensor-parallel-size {config.tensor_parallel_size}: the model runs on one device in this version; use 1"
         )
-    checkpoint = read_checkpoint(config.model)
+    _log.info("%s", plan.describe())
+    checkpoint, memory, dtype = plan.model.checkpoint, plan.memory, devices.torch_dtype(plan.dtype)
     spec = checkpoint.spec
-    device = devices.choose_device(config.device)
-    dtype = devices.choose_dtype(config.dtype, device)
-    plan = sizing.plan_memory(
-        spec,
-        config,
-        num_parameters=checkpoint.num_parameters,
-        dtype=devices.dtype_name(dtype),
-        device=device.type,
-        available_bytes=devices.available_memory(device),
-    )
     torch.set_num_threads(resources.num_threads())
     rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
-    attention = ReferenceAttention(_cache_shape(spec, plan), rules, dtype=dtype, device=device)
+    attention = ReferenceAttention(_cache_shape(spec, memory), rules, dtype=dtype, device=device)
     weights = WeightSource(checkpoint, on_progress=lambda done, total: on_progress("Loading", done, total))
-    model = TorchDecoder(spec, weights, attention, num_positions=plan.max_model_len, dtype=dtype, device=device)
+    model = TorchDecoder(spec, weights, attention, num_positions=memory.max_model_len, dtype=dtype, device=device)
     weights.check_all_read()
-    runner = ModelRunner(model, attention, block_size=plan.block_size, device=device, seed=config.seed)
+    runner = ModelRunner(model, attention, block_size=memory.block_size, device=device, seed=config.seed)
     on_progress("Warmup", 0, 1)
-    _warm_up(runner, config, plan)
+    _warm_up(runner, config, memory)
     on_progress("Warmup", 1, 1)
     facts = EngineFacts(
-        max_model_len=plan.max_model_len,
-        block_size=plan.block_size,
-        num_blocks=plan.num_blocks,
-        dtype=devices.dtype_name(dtype),
+        max_model_len=memory.max_model_len,
+        block_size=memory.block_size,
+        num_blocks=memory.num_blocks,
+        dtype=plan.dtype,
         device=device.type,
         num_parameters=checkpoint.num_parameters,
     )
     return LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size)
+
+
+def _plan(config: EngineConfig, device: torch.device) -> Plan:
+    model = planning.read_model(config.model)
+    if device.type == "cpu":
+        return planning.plan_for_cpu(model, config, processes=(os.getpid(), os.getppid()))
+    memory = devices.gpu_memory(device, config.gpu_memory_utilization)
+    return planning.make_plan(
+        model, config, device=device.type, dtype=devices.choose_dtype(config, device), memory=memory
+    )
 
 
 def _cache_shape(spec: DecoderSpec, plan: MemoryPlan) -> CacheShape:

@@ -100,7 +100,7 @@ class Chat:
         self._messages = list(self._opening)
 
     async def _load(self) -> LanguageModel:
-        text = await asyncio.to_thread(TextModel.load, self._config.model)
+        text = await asyncio.to_thread(TextModel.load, self._config.tokenizer or self._config.model)
         return LanguageModel(self._client, await self._client.ready(), text)
 
     async def _answer(self, pieces: queue.SimpleQueue[str | BaseException | None]) -> None:

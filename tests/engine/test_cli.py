@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -16,8 +16,6 @@ from octavo_engine.cli import main
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-MODEL = b"GGUF" + bytes(10_000)
 
 
 @pytest.fixture
@@ -30,7 +28,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A mirror of the hub with one file."""
+    """A mirror of the hub with one file, which it sends whole whatever range is asked for."""
+
+    model: ClassVar[bytes]
 
     def log_message(self, *_arguments: object) -> None:
         """Be silent."""
@@ -39,21 +39,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         """Answer."""
         found = self.path == "/org/repo/resolve/main/m.gguf" and self.headers.get("Authorization") == "Bearer t0ken"
         self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(MODEL) if found else 0))
+        self.send_header("Content-Length", str(len(self.model) if found else 0))
         self.end_headers()
         if found:
-            self.wfile.write(MODEL)
+            self.wfile.write(self.model)
 
 
 @pytest.fixture
-def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The hub that the environment names, with the token that it wants."""
+def hub(home: Path, monkeypatch: pytest.MonkeyPatch, write_tiny_gguf: Any) -> Iterator[bytes]:
+    """The hub that the environment names, with the token that it wants; gives the bytes of its model."""
+    Hub.model = write_tiny_gguf().read_bytes()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("HF_TOKEN", "t0ken")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield
+        yield Hub.model
         server.shutdown()
         thread.join()
 
@@ -77,39 +78,21 @@ def test_the_version_is_told_without_importing_what_serves() -> None:
     assert result.stdout == f"octavo {octavo_engine.__version__}\n[]\n"
 
 
+@pytest.mark.model
+def test_a_plan_is_made_without_importing_what_computes_or_serves(smollm2_path: Path) -> None:
+    program = (
+        "import sys; from octavo_engine.cli import main; main(sys.argv[1:]); "
+        "print(sorted({'torch', 'fastapi', 'httpx', 'tokenizers', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, "plan", str(smollm2_path), "--json"]
+    plan, modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert modules == "[]"
+    assert json.loads(plan)["parameters"] == 134_515_008
+
+
 def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "octavo_engine", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("octavo ")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["serve"], "MODEL"),
-        (["serve", "m", "--port", "70000"], "argument --port: '70000' is not a whole number from 0 to 65535"),
-        (["serve", "m", "--port", "x"], "argument --port"),
-        (["serve", "m", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
-        (["serve", "m", "--device", "tpu"], "argument --device"),
-        (["serve", "m", "--max-num-seqs", "0"], "argument --max-num-seqs: '0' is not a whole number of at least 1"),
-        (["serve", "m", "--max-model-len", "-5"], "argument --max-model-len"),
-        (["serve", "m", "--max-num-batched-tokens", "1.5"], "argument --max-num-batched-tokens"),
-        (["serve", "m", "--block-size", "0"], "argument --block-size"),
-        (["serve", "m", "--tensor-parallel-size", "two"], "argument --tensor-parallel-size"),
-        (["serve", "m", "--kv-cache-memory-bytes", "1GB"], "argument --kv-cache-memory-bytes"),
-        (["serve", "m", "--seed", "-1"], "argument --seed"),
-        (["serve", "m", "--shutdown-timeout", "nan"], "argument --shutdown-timeout"),
-        (["serve", "m", "--gpu-memory", "1"], "--gpu-memory"),
-        (["serve", "m", "--max-model", "5"], "--max-model"),
-        (["run", "m", "--temperature", "3"], "argument --temperature"),
-        (["frob"], "invalid choice: 'frob'"),
-        ([], "COMMAND"),
-    ],
-)
-def test_a_bad_command_line_is_refused_by_name(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert status_of(*arguments) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_a_failure_is_one_line_and_a_termination_message(
@@ -147,12 +130,13 @@ def test_a_pulled_model_is_listed_and_removed(home: Path, capsys: pytest.Capture
     assert list(home.rglob("*.gguf")) == []
 
 
-@pytest.mark.usefixtures("hub")
-def test_a_model_can_be_pulled_to_a_file_or_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_can_be_pulled_to_a_file_or_into_a_folder(
+    hub: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "volume" / "model.gguf"
     assert status_of("pull", "hf://org/repo:m.gguf", "--output", str(file)) == 0
     assert status_of("pull", "hf://org/repo:m.gguf", "--output", str(file.parent)) == 0
-    assert file.read_bytes() == file.with_name("m.gguf").read_bytes() == MODEL
+    assert file.read_bytes() == file.with_name("m.gguf").read_bytes() == hub
     assert capsys.readouterr().out == f"{file}\n{file.with_name('m.gguf')}\n"
 
 
@@ -163,9 +147,85 @@ def test_a_pull_that_fails_tells_the_operator(tmp_path: Path) -> None:
     assert json.loads(log.read_bytes())["reason"] == "ModelNotFound"
 
 
+@pytest.mark.usefixtures("hub")
+def test_a_pull_tells_the_operator_what_the_model_is(tmp_path: Path) -> None:
+    log = tmp_path / "termination-log"
+    assert status_of("pull", "hf://org/repo:m.gguf", "--termination-log", str(log)) == 0
+    told = json.loads(log.read_bytes())
+    assert told["reason"] == "Pulled"
+    assert told["facts"] | {"architecture": "llama", "layers": 2, "tensorParallelSizes": [1, 2]} == told["facts"]
+
+
+def test_what_cannot_run_is_refused_before_its_download(
+    home: Path, hub: bytes, write_tiny_gguf: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Hub.model = write_tiny_gguf(metadata={"llama.expert_count": 8}).read_bytes()
+    log = tmp_path / "termination-log"
+    assert status_of("pull", "hf://org/repo:m.gguf", "--termination-log", str(log)) == 1
+    assert json.loads(log.read_bytes())["reason"] == "ModelUnsupported"
+    assert "expert_count" in capsys.readouterr().err
+    assert not list(home.rglob("*.gguf*"))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_plan_is_made_of_a_model_that_is_not_here(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("plan", "hf://org/repo:m.gguf", "--max-model-len", "64") == 0
+    assert "longest context   64 tokens of 1,024" in capsys.readouterr().out
+    assert not list(home.rglob("*.gguf*"))
+
+
+def test_a_plan_that_cannot_work_is_refused_in_words_and_in_json(
+    home: Path, write_tiny_gguf: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(write_tiny_gguf())
+    assert status_of("plan", model, "--gpus", "3", "--gpu-memory", "80GiB", "--json") == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["reason"] == "TensorParallelInvalid"
+    assert json.loads(out)["facts"]["tensorParallelSizes"] == [1, 2]
+    assert "3 devices cannot share tiny.gguf evenly: 4 query heads, 2 KV heads" in err
+    assert status_of("plan", model, "--gpu-memory", "100MiB") == 1
+    assert "90 MiB available - 512 MiB processes" in capsys.readouterr().err
+    assert status_of("plan", model, "--gpus", "2") == 1
+    assert "--gpus 2 says nothing without --gpu-memory" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_cuda_without_a_gpu_is_refused_through_the_command_line(home: Path, smollm2_path: Path, tmp_path: Path) -> None:
+    log = tmp_path / "termination-log"
+    command = [sys.executable, "-m", "octavo_engine", "serve", str(smollm2_path), "--port", "0"]
+    command += ["--host", "127.0.0.1", "--device", "cuda", "--termination-log", str(log)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # also where the tests run beside a GPU
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 1
+    assert json.loads(log.read_bytes())["reason"] == "DeviceMissing"
+    assert "--device cuda: torch" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "smollm2", "--revision", "v1"), "--revision v1: only hf:// models have revisions"),
+        (("plan", "hf://o/r@v2:m.gguf", "--revision", "v1"), "names the revision v2 itself"),
+    ],
+)
+def test_a_revision_that_has_no_meaning_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert status_of(*arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_revision_is_the_one_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("pull", "hf://org/repo:m.gguf", "--revision", "main") == 0
+    assert capsys.readouterr().out.endswith("hf/org/repo/main/m.gguf\n")
+    assert status_of("plan", "hf://org/repo:m.gguf", "--revision", "v9") == 1
+    assert "/org/repo/resolve/v9/m.gguf" in capsys.readouterr().err
+
+
 def test_a_pull_of_what_is_no_source_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     local = tmp_path / "mine.gguf"
-    local.write_bytes(MODEL)
+    local.touch()
     assert status_of("pull", str(local)) == 1
     assert "on this machine already" in capsys.readouterr().err
 

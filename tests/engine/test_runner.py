@@ -10,8 +10,9 @@ import torch
 
 from octavo_engine import device
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import ConfigError, DeviceMissing, ModelDoesNotFit, ModelNotFound
+from octavo_engine.errors import ConfigError, DeviceMissing, ModelDoesNotFit, ModelNotFound, TensorParallelInvalid
 from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan
+from octavo_engine.planning import plan_ahead
 from octavo_engine.runner import ModelRunner, load_runner
 
 if TYPE_CHECKING:
@@ -137,7 +138,18 @@ def test_loading_tells_bytes_then_the_warm_up_and_the_facts(write_tiny_gguf: Any
 
 REFUSALS = {
     "no file": ({"model": "/nowhere/model.gguf"}, ModelNotFound, "no model file at /nowhere/model.gguf"),
-    "two ranks": ({"tensor_parallel_size": 2}, ConfigError, "--tensor-parallel-size 2: .* use 1"),
+    "two ranks": ({"tensor_parallel_size": 2}, ConfigError, "--tensor-parallel-size 2: .* one device .* use 1"),
+    "three ranks": (
+        {"tensor_parallel_size": 3},
+        TensorParallelInvalid,
+        "3 devices cannot .* use --tensor-parallel-size 1 or 2",
+    ),
+    "a GPU's share of a CPU": ({"gpu_memory_utilization": 0.5}, ConfigError, "use --kv-cache-memory-bytes"),
+    "a dtype that is not the same in every batch": (
+        {"deterministic": True, "dtype": "bfloat16"},
+        ConfigError,
+        "--deterministic: .* use --dtype float32",
+    ),
     "too long a context": ({"max_model_len": 1025}, ConfigError, "--max-model-len 1025: .* at most 1024"),
     "too small a cache": ({"kv_cache_memory_bytes": 1000}, ModelDoesNotFit, "one request of 512 tokens"),
 }
@@ -163,19 +175,9 @@ def test_cuda_is_refused_where_there_is_no_gpu(write_tiny_gguf: Any, monkeypatch
     assert device.choose_device("auto").type == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"avx2": True}, torch.float32),
-        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, torch.float32),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-    ],
-    ids=["avx2", "avx512 without bfloat16", "avx512_bf16", "amx"],
-)
-def test_the_dtype_is_bfloat16_only_where_the_cpu_has_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert device.choose_dtype("auto", torch.device("cpu")) == expected
-    assert device.choose_dtype("float16", torch.device("cpu")) == torch.float16
+def test_a_plan_made_ahead_is_what_is_loaded(write_tiny_gguf: Any) -> None:
+    wanted = config(write_tiny_gguf(), max_model_len=64, max_num_seqs=3, max_num_batched_tokens=16)
+    plan = plan_ahead(wanted)
+    assert plan is not None
+    facts = load_runner(wanted, lambda *_: None, plan).facts
+    assert (facts.num_blocks, facts.max_model_len) == (plan.memory.num_blocks, 64) == (3 * 64 // 8, 64)

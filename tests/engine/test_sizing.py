@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,23 @@ from hypothesis import strategies as st
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError, ModelDoesNotFit
 from octavo_engine.models.spec import DecoderSpec, Rope
-from octavo_engine.sizing import MAX_CPU_KV_BYTES, MemoryPlan, plan_memory
+from octavo_engine.sizing import (
+    MAX_CPU_KV_BYTES,
+    TYPICAL_REQUEST_TOKENS,
+    Memory,
+    MemoryPlan,
+    plan_memory,
+    tensor_parallel_sizes,
+    weight_bytes,
+)
+from octavo_engine.weights.gguf import TensorInfo
+from octavo_engine.weights.quant_type import QuantType
 
+MIB = 2**20
 GIB = 2**30
+PROCESSES = 100 * MIB
 
-# SmolLM2-135M: 134,515,008 numbers; a token's KV is 2 * 30 layers * 3 heads * 64 = 11,520 numbers.
+# SmolLM2-135M. A token's KV is 2 * 30 layers * 3 heads * 64 = 11,520 numbers.
 SMOLLM2 = DecoderSpec(
     num_layers=30,
     hidden_size=576,
@@ -33,73 +46,121 @@ SMOLLM2 = DecoderSpec(
     tied_embeddings=True,
     eos_token_ids=frozenset({2}),
 )
+KV_BYTES = 11_520 * 4
+
+
+def tensor(name: str, *shape: int, quant_type: QuantType = QuantType.Q4_1) -> TensorInfo:
+    return TensorInfo(name, Path("m.gguf"), shape, quant_type, offset=0, num_bytes=0)
+
+
+LAYER = (
+    tensor("q", 576, 576),
+    tensor("k", 192, 576),
+    tensor("v", 192, 576),
+    tensor("o", 576, 576),
+    tensor("gate", 1536, 576),
+    tensor("up", 1536, 576),
+    tensor("down", 576, 1536),
+    tensor("norm", 576, quant_type=QuantType.F32),
+    tensor("mlp_norm", 576, quant_type=QuantType.F32),
+)
+EMBEDDING = tensor("embedding", 49152, 576, quant_type=QuantType.Q8_0)
+TENSORS = (EMBEDDING, tensor("final_norm", 576, quant_type=QuantType.F32), *LAYER * 30)
 NUM_PARAMETERS = 134_515_008
 WEIGHTS_F32 = (NUM_PARAMETERS + 49152 * 576) * 4  # the tied embedding counts twice
 
 
 def plan(available_bytes: int, *, dtype: str = "float32", device: str = "cpu", **options: Any) -> MemoryPlan:
     config = EngineConfig(model=Path("m.gguf"), served_model_names=("m",), **options)
-    return plan_memory(
-        SMOLLM2, config, num_parameters=NUM_PARAMETERS, dtype=dtype, device=device, available_bytes=available_bytes
-    )
+    memory = Memory(device=device, available_bytes=available_bytes, process_bytes=PROCESSES)
+    return plan_memory(SMOLLM2, TENSORS, config, dtype=dtype, memory=memory)
 
 
-def test_on_a_large_cpu_machine_the_cache_is_capped() -> None:
+def fixed_bytes(promised: MemoryPlan) -> int:
+    return promised.process_bytes + promised.margin_bytes + promised.weight_bytes + promised.work_bytes
+
+
+def test_the_weights_are_those_of_the_model() -> None:
+    assert sum(one.num_elements for one in TENSORS) == NUM_PARAMETERS
+    assert plan(24 * GIB).weight_bytes == WEIGHTS_F32
+
+
+def test_on_a_large_cpu_machine_the_cache_holds_what_is_typical_and_no_more() -> None:
     large = plan(24 * GIB)
-    assert large.weight_bytes == WEIGHTS_F32
-    assert large.kv_bytes_per_token == 11_520 * 4
-    assert large.block_size == 8
-    assert large.max_model_len == 8192
-    assert large.num_blocks == MAX_CPU_KV_BYTES // (8 * 11_520 * 4)
-    assert large.kv_bytes <= MAX_CPU_KV_BYTES
+    assert large.kv_bytes_per_token == KV_BYTES
+    assert (large.block_size, large.max_model_len) == (8, 8192)
+    assert large.num_blocks * 8 == 64 * TYPICAL_REQUEST_TOKENS
+
+
+def test_on_a_cpu_the_cache_holds_at_least_the_longest_request() -> None:
+    assert plan(24 * GIB, max_num_seqs=2).num_blocks * 8 == 8192
+
+
+def test_on_a_cpu_the_cache_is_capped() -> None:
+    assert plan(24 * GIB, max_num_seqs=512).kv_bytes <= MAX_CPU_KV_BYTES
 
 
 def test_the_cache_is_never_more_than_the_requests_can_use() -> None:
-    small = plan(24 * GIB, max_num_seqs=2, max_model_len=1001)
+    small = plan(24 * GIB, max_num_seqs=2, max_model_len=1001, kv_cache_memory_bytes=8 * GIB)
     assert small.num_blocks == 2 * 126
 
 
-def test_a_gpu_has_larger_blocks_and_no_cap() -> None:
-    gpu = plan(80 * GIB, device="cuda", dtype="bfloat16", max_num_seqs=256)
+def test_a_gpu_has_larger_blocks_and_gives_the_cache_all_that_is_left() -> None:
+    gpu = plan(80 * GIB, device="cuda", dtype="bfloat16", max_num_seqs=512)
     assert gpu.block_size == 16
-    assert gpu.kv_bytes > MAX_CPU_KV_BYTES
+    left = 80 * GIB - fixed_bytes(gpu)
+    assert left - 16 * gpu.kv_bytes_per_token < gpu.kv_bytes <= left
 
 
-def test_half_precision_halves_everything() -> None:
+def test_half_precision_halves_weights_and_cache() -> None:
     half, full = plan(2 * GIB, dtype="bfloat16"), plan(2 * GIB)
-    assert half.weight_bytes * 2 == full.weight_bytes
+    norms = 61 * 576 * 4  # stay float32
+    assert (half.weight_bytes - norms) * 2 == full.weight_bytes - norms
     assert half.kv_bytes_per_token * 2 == full.kv_bytes_per_token
 
 
+def test_ranks_share_matrices_and_cache_but_not_norms() -> None:
+    one, three = (weight_bytes(SMOLLM2, TENSORS, 2, ranks) for ranks in (1, 3))
+    norms = 61 * 576 * 4
+    assert (three - norms) * 3 == one - norms
+    assert plan(24 * GIB, tensor_parallel_size=3).kv_bytes_per_token == KV_BYTES // 3
+
+
 def test_in_little_memory_the_context_becomes_what_fits() -> None:
-    tight = plan(WEIGHTS_F32 + 200 * 2**20)  # half of it for KV: 100 MiB of 46,080 bytes a token
-    assert tight.max_model_len == 100 * 2**20 // (8 * 46_080) * 8 == 2272
+    roomy = plan(24 * GIB)
+    available = next(
+        mib * MIB
+        for mib in range(600, 2000)
+        if mib * MIB * 31 // 32 > fixed_bytes(roomy) - roomy.margin_bytes + 100 * MIB
+    )
+    tight = plan(available)
+    left = available - fixed_bytes(tight)
+    assert tight.max_model_len == left // (8 * KV_BYTES) * 8 < 8192
     assert tight.num_blocks * tight.block_size == tight.max_model_len
 
 
 def test_an_explicit_budget_is_taken_as_it_is() -> None:
-    assert plan(24 * GIB, kv_cache_memory_bytes=8 * GIB).num_blocks == 8 * GIB // (8 * 46_080)
-    assert plan(24 * GIB, kv_cache_memory_bytes=1000 * 46_080, block_size=10).num_blocks == 100
+    assert plan(24 * GIB, kv_cache_memory_bytes=8 * GIB).num_blocks == 8 * GIB // (8 * KV_BYTES)
+    assert plan(24 * GIB, kv_cache_memory_bytes=1000 * KV_BYTES, block_size=10).num_blocks == 100
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
-    with pytest.raises(ModelDoesNotFit, match=r"the weights take 621 MiB, but 512 MiB of memory are available"):
-        plan(512 * 2**20)
+    arithmetic = r"512 MiB available - 100 MiB processes - 16 MiB margin - 621 MiB weights - \d+ MiB working memory = -"
+    with pytest.raises(ModelDoesNotFit, match=arithmetic) as refused:
+        plan(512 * MIB)
+    facts = refused.value.facts
+    assert facts["availableBytes"] == 512 * MIB
+    assert facts["weightBytes"] == WEIGHTS_F32
 
 
 def test_a_context_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
-    with pytest.raises(ModelDoesNotFit, match=r"8192 x 46080 bytes = 360 MiB, but 100 MiB .* lower --max-model-len"):
-        plan(WEIGHTS_F32 + 200 * 2**20, max_model_len=8192)
+    with pytest.raises(ModelDoesNotFit, match=r"8192 x 46080 bytes = 360 MiB, but .* lower --max-model-len") as refused:
+        plan(1024 * MIB, max_model_len=8192)
+    assert refused.value.facts["neededTokens"] == 8192
     with pytest.raises(ModelDoesNotFit, match=r"one request of 512 tokens .* raise --kv-cache-memory-bytes"):
-        plan(24 * GIB, kv_cache_memory_bytes=2**20)
+        plan(24 * GIB, kv_cache_memory_bytes=MIB)
     with pytest.raises(ModelDoesNotFit, match=r"--kv-cache-memory-bytes 34359738368 .* is more than"):
         plan(24 * GIB, kv_cache_memory_bytes=32 * GIB)
-
-
-@pytest.mark.parametrize("max_model_len", [1, 0, -1])
-def test_a_context_without_room_for_a_request_is_refused(max_model_len: int) -> None:
-    with pytest.raises(ConfigError, match=f"--max-model-len {max_model_len}: .* use at least 2"):
-        plan(24 * GIB, max_model_len=max_model_len)
 
 
 def test_a_context_beyond_the_models_own_is_refused() -> None:
@@ -116,11 +177,22 @@ def test_a_context_beyond_the_models_own_is_refused() -> None:
     device=st.sampled_from(["cpu", "cuda"]),
 )
 def test_what_is_promised_fits(available_mib: int, device: str, **options: Any) -> None:
-    available = available_mib * 2**20
+    available = available_mib * MIB
     try:
         promised = plan(available, device=device, **options)
     except ModelDoesNotFit:
         return
-    assert promised.weight_bytes + promised.kv_bytes <= available
+    assert fixed_bytes(promised) + promised.kv_bytes <= available
     assert 1 <= promised.max_model_len <= min(8192, promised.num_blocks * promised.block_size)
     assert promised.max_model_len == (options["max_model_len"] or promised.max_model_len)
+
+
+def test_a_model_is_split_between_heads_and_between_blocks_of_the_quantisation() -> None:
+    assert tensor_parallel_sizes(SMOLLM2, TENSORS) == (1, 3)  # 9 query and 3 KV heads
+    eight_heads = replace(SMOLLM2, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14336)
+    assert tensor_parallel_sizes(eight_heads, TENSORS) == (1, 2, 4, 8)
+    coarse = tuple(replace(one, quant_type=QuantType.Q8_0) for one in TENSORS)
+    narrow = replace(eight_heads, intermediate_size=4 * 32)  # 16 of them are no block of 32
+    assert tensor_parallel_sizes(narrow, coarse) == (1, 2, 4)
+    odd_vocabulary = replace(eight_heads, vocab_size=32_001)
+    assert tensor_parallel_sizes(odd_vocabulary, TENSORS) == (1,)

@@ -108,3 +108,34 @@ def test_threads_follow_the_quota(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     assert resources.num_threads(tree(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx2", False),
+        ("avx2 avx512f avx512_vnni", False),
+        ("avx2 avx512_bf16", True),
+        ("avx2 amx_bf16", True),
+    ],
+)
+def test_bfloat16_is_native_only_where_the_processor_has_instructions_for_it(
+    tmp_path: Path, flags: str, *, expected: bool
+) -> None:
+    root = tree(tmp_path, {"proc/cpuinfo": f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\n"})
+    assert resources.has_native_bfloat16(root) == expected
+
+
+def test_bfloat16_is_not_assumed_where_nothing_tells(tmp_path: Path) -> None:
+    assert not resources.has_native_bfloat16(tmp_path)
+
+
+def test_what_a_process_holds_is_its_anonymous_memory(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"proc/7/status": "Name:\tx\nVmRSS:\t  5000 kB\nRssAnon:\t  2048 kB\n"})
+    assert resources.anonymous_memory(7, root) == 2 * MIB
+    assert resources.anonymous_memory(8, root) == 0
+
+
+def test_a_gpu_is_suspected_where_its_driver_is(tmp_path: Path) -> None:
+    assert not resources.has_nvidia_driver(tmp_path)
+    assert resources.has_nvidia_driver(tree(tmp_path, {"dev/nvidiactl": ""}))

@@ -68,6 +68,7 @@ def source(
     seen = [] if progress is None else progress
     checkpoint = Checkpoint(
         path=path,
+        architecture="llama",
         spec=SPEC,
         tensors=read_header(path).tensors,
         names={matrix: "matrix", vector: "vector", "output": "absent"},  # type: ignore[dict-item] # a role is a literal

@@ -44,6 +44,7 @@ class Checkpoint:
     """A model's spec and its tensors."""
 
     path: Path  # the file or folder
+    architecture: str  # as the model calls it
     spec: DecoderSpec
     tensors: Mapping[str, TensorInfo]  # by their names in a text model
     names: Mapping[ModelRole | LayerRole, str]  # by role; `{layer}` is the layer's number
@@ -88,6 +89,7 @@ def checkpoint_from_gguf(header: GGUFHeader) -> Checkpoint:
     metadata.require_known()
     return Checkpoint(
         path=header.path,
+        architecture=architecture,
         spec=spec,
         tensors=header.tensors,
         names=GGUF_NAMES,
@@ -118,7 +120,8 @@ def spec_from_config(config: Mapping[str, object]) -> tuple[DecoderSpec, Family]
 
 
 def _from_folder(folder: Path) -> Checkpoint:
-    spec, family = spec_from_config(_read_json(folder / CONFIG_FILE))
+    config = _read_json(folder / CONFIG_FILE)
+    spec, family = spec_from_config(config)
     if (folder / _GENERATION_FILE).is_file():
         options = Options(_GENERATION_FILE, "key ", _read_json(folder / _GENERATION_FILE))
         spec = replace(spec, eos_token_ids=spec.eos_token_ids | _eos_token_ids(options))
@@ -127,6 +130,7 @@ def _from_folder(folder: Path) -> Checkpoint:
         tensors.pop(family.config_names["output"], None)
     return Checkpoint(
         path=folder,
+        architecture=str(config.get("model_type", "unnamed")),
         spec=spec,
         tensors=tensors,
         names=family.config_names,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server tells
 
 _MAGIC: Final = b"GGUF"
-_TIMEOUT: Final = httpx.Timeout(10.0, read=60.0)
+TIMEOUT: Final = httpx.Timeout(10.0, read=60.0)
 _RETRY_DELAYS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt that brings no byte
 _RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 _LOCK_POLL_SECONDS: Final = 0.5
@@ -45,7 +45,7 @@ class Hub:
     token: str | None = None  # for gated and private repositories; sent to the hub only
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """The transfer ended early; what has arrived is kept and the next attempt goes on from there."""
 
 
@@ -76,7 +76,7 @@ async def pull(
             etag_file.unlink()
             return
         transfer = _Transfer(source, target, hub, etag_file, on_progress)
-        async with httpx.AsyncClient(timeout=_TIMEOUT, follow_redirects=True) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=True) as client:
             await transfer.run(client, retry_delays)
         await transfer.check(sha256)
         await asyncio.to_thread(transfer.partial.replace, target)
@@ -87,11 +87,10 @@ class _Transfer:
     """One file on its way."""
 
     def __init__(self, source: Source, target: Path, hub: Hub, etag_file: Path, on_progress: Progress) -> None:
+        self._source = source
         self._url = source.url(hub.endpoint)
         self._name = source.text
-        self._headers = {"Accept-Encoding": "identity"}
-        if source.hub_path is not None and hub.token:
-            self._headers["Authorization"] = f"Bearer {hub.token}"
+        self._headers = headers_for(source, hub)
         self._etag_file = etag_file
         self._on_progress = on_progress
         self._total: int | None = None
@@ -105,7 +104,7 @@ class _Transfer:
             before = self._num_bytes()
             try:
                 return await self._attempt(client)
-            except (httpx.TransportError, _Broken) as error:
+            except (httpx.TransportError, Broken) as error:
                 num_failures = 0 if self._num_bytes() > before else num_failures + 1
                 if num_failures > len(retry_delays):
                     cause = str(error) or type(error).__name__
@@ -122,18 +121,18 @@ class _Transfer:
             headers |= {"Range": f"bytes={done}-", "If-Range": etag}
         async with client.stream("GET", self._url, headers=headers) as response:
             if response.status_code == 416:  # nothing after `done`: all of it is here, or it is another file's
-                if done and _content_range(response)[1] == done:
+                if done and content_range(response)[1] == done:
                     return
                 self.partial.unlink()
-                raise _Broken("the part that had arrived is longer than the file")
-            self._refuse_unless_content(response)
+                raise Broken("the part that had arrived is longer than the file")
+            refuse_unless_content(response, self._source)
             if response.status_code == 206:
-                start, self._total = _content_range(response)
+                start, self._total = content_range(response)
                 if start != done:
                     self.partial.unlink()
-                    raise _Broken("the server resumed at another place")
+                    raise Broken("the server resumed at another place")
             else:
-                done, self._total = 0, _content_length(response)
+                done, self._total = 0, content_length(response)
             first = response.history[0] if response.history else response
             self._sha256 = _digest(first.headers.get("X-Linked-ETag")) or _digest(response.headers.get("ETag"))
             self._refuse_unless_room(done)
@@ -158,7 +157,7 @@ class _Transfer:
             file.flush()
             os.fsync(file.fileno())
         if self._total is not None and done != self._total:
-            raise _Broken(f"the server broke off at {done} of {self._total} bytes")
+            raise Broken(f"the server broke off at {done} of {self._total} bytes")
 
     async def check(self, sha256: str | None) -> None:
         """Look at what the file is, and at its digest where one is known; a wrong file is deleted.
@@ -188,25 +187,40 @@ class _Transfer:
                 f"and {self.partial.parent} has {free / 1e9:.2f} GB free"
             )
 
-    def _refuse_unless_content(self, response: httpx.Response) -> None:
-        status = response.status_code
-        if status in {200, 206}:
-            return
-        if status in _RETRIED_STATUSES:
-            raise _Broken(f"the server answers {status}")
-        detail = response.headers.get("X-Error-Message", "")[:200]  # the hub's own words
-        told = f"the server answers {status}" + (f" ({detail})" if detail else "")
-        if status in {401, 403}:
-            with_token = "Authorization" in self._headers
-            way_out = (
-                "the token in HF_TOKEN does not give access; accept the model's terms on its page, or use another token"
-                if with_token
-                else "check the name; if the repository is gated or private, set HF_TOKEN"
-            )
-            raise SourceForbidden(f"{self._name}: {told}; {way_out}")
-        if status in {404, 410}:
-            raise ModelNotFound(f"{self._name} is not there: {told} for {self._url}")
-        raise SourceUnreachable(f"{self._name}: {told} for {self._url}")
+
+def headers_for(source: Source, hub: Hub) -> dict[str, str]:
+    """The request headers to fetch `source` with: the hub's token goes to the hub only."""
+    headers = {"Accept-Encoding": "identity"}
+    if source.hub_path is not None and hub.token:
+        headers["Authorization"] = f"Bearer {hub.token}"
+    return headers
+
+
+def refuse_unless_content(response: httpx.Response, source: Source) -> None:
+    """Look at the status of the answer to a request for a file.
+
+    Raises:
+        Broken: another attempt may bring it.
+        SourceForbidden, ModelNotFound, SourceUnreachable: it will not.
+    """
+    status = response.status_code
+    asked = (response.history[0] if response.history else response).request  # not where a redirect has led, to a secret
+    if status in {200, 206}:
+        return
+    if status in _RETRIED_STATUSES:
+        raise Broken(f"the server answers {status}")
+    detail = response.headers.get("X-Error-Message", "")[:200]  # the hub's own words
+    told = f"the server answers {status}" + (f" ({detail})" if detail else "")
+    if status in {401, 403}:
+        way_out = (
+            "the token in HF_TOKEN does not give access; accept the model's terms on its page, or use another token"
+            if "Authorization" in asked.headers
+            else "check the name; if the repository is gated or private, set HF_TOKEN"
+        )
+        raise SourceForbidden(f"{source.text}: {told}; {way_out}")
+    if status in {404, 410}:
+        raise ModelNotFound(f"{source.text} is not there: {told} for {asked.url}")
+    raise SourceUnreachable(f"{source.text}: {told} for {asked.url}")
 
 
 @asynccontextmanager
@@ -226,12 +240,13 @@ async def _locked(path: Path) -> AsyncIterator[Path]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _content_length(response: httpx.Response) -> int | None:
+def content_length(response: httpx.Response) -> int | None:
+    """Return the length of the file that a whole response brings, where the server tells."""
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else None
 
 
-def _content_range(response: httpx.Response) -> tuple[int | None, int | None]:
+def content_range(response: httpx.Response) -> tuple[int | None, int | None]:
     """Return the first byte's place and the whole length (RFC 9110, section 14.4)."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
     if match is None:

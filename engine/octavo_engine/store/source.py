@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
-from octavo_engine.errors import ModelNotFound
+from octavo_engine.errors import ConfigError, ModelNotFound
 
 HUB: Final = "https://huggingface.co"
 
@@ -39,6 +39,21 @@ class Source:
 def is_source(model: str) -> bool:
     """Tell whether `model` is written as a source and not as a path or a name."""
     return "://" in model
+
+
+def at_revision(text: str, revision: str) -> str:
+    """Return the hub source `text` with a revision, which it must not name itself.
+
+    Raises:
+        ConfigError: it is no hub source, or names another revision.
+    """
+    repository, colon, file = text.removeprefix("hf://").partition(":")
+    if not text.startswith("hf://"):
+        raise ConfigError(f"--revision {revision}: only hf:// models have revisions, and {text} is none: leave it out")
+    name, _, named = repository.partition("@")
+    if named and named != revision:
+        raise ConfigError(f"--revision {revision}: {text} names the revision {named} itself: leave one of them out")
+    return f"hf://{name}@{revision}{colon}{file}"
 
 
 def parse_source(text: str) -> Source:

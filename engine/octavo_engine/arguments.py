@@ -1,0 +1,341 @@
+"""What the command line of `octavo` takes: its commands, their options, and how each value is read.
+
+Called by cli.py, which says what each command does, and by docs/generate_options.py, which writes docs/options.md.
+Flags have the names and meanings of vLLM's where vLLM has them. Defaults are those of config.py and stand there alone;
+every help text says its unit and its default. Imports nothing but the configuration, so that a mistyped flag costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import octavo_engine
+from octavo_engine.config import Device, DType, EngineConfig, Quantization, ServerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    Command = Callable[[argparse.Namespace], None]
+
+_MODEL_HELP: Final = (
+    "a .gguf file, a name from `octavo list`, a short name (smollm2), "
+    "hf://ORG/REPO[@REVISION]:FILE.gguf or https://.../FILE.gguf; what is not here yet is pulled"
+)
+_ENVIRONMENT_HELP: Final = (
+    "environment: HF_TOKEN, the Hugging Face hub's token for gated and private repositories; HF_ENDPOINT, "
+    "the address of a mirror of the hub; XDG_CACHE_HOME, under which models are kept"
+)
+_DEFAULTS: Final = {field.name: field.default for config in (ServerConfig, EngineConfig) for field in fields(config)}
+_COMING_QUANTIZATIONS: Final = ("gptq", "awq", "fp8")  # vLLM has them; refused by name until this engine does
+
+_UNITS: Final = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", start=1)},
+    **{f"{letter}i{b}": 1024**power for power, letter in enumerate("KMGT", start=1) for b in ("", "B")},
+}
+_SIZE: Final = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[A-Za-z]*)", re.ASCII)
+
+
+def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line.
+
+    A parsed namespace has, beside the command's own options, `command` (the value of `commands` under the command's
+    name), `log_level` and `termination_log` (None where the command has no such option).
+    """
+    parser = Parser(prog="octavo", description="Serve large language models, or talk to one.")
+    parser.add_argument("--version", action="version", version=f"octavo {octavo_engine.__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(name: str, text: str, *, log_level: int = logging.WARNING, epilog: str | None = None) -> Parser:
+        command: Parser = subparsers.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog
+        )
+        command.set_defaults(command=commands[name], log_level=log_level, termination_log=None)
+        return command
+
+    serve = add("serve", "serve a model over HTTP", log_level=logging.INFO, epilog=_ENVIRONMENT_HELP)
+    _add_model(serve)
+    _add_server_options(serve)
+    _add_engine_options(serve)
+
+    run = add("run", "talk to a model on the terminal", epilog=_ENVIRONMENT_HELP)
+    _add_model(run)
+    run.add_argument("prompt", metavar="PROMPT", nargs="*", help="answer this and leave; standard input is added to it")
+    run.add_argument("--system", metavar="TEXT", help="the system message of the conversation (default: none)")
+    run.add_argument("--temperature", type=between(0.0, 2.0), default=0.7, help="0: greedy (default: %(default)s)")
+    _add_engine_options(run)
+
+    plan = add("plan", "say what a model needs and whether it fits, from its header alone", epilog=_ENVIRONMENT_HELP)
+    _add_model(plan)
+    plan.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    group = plan.add_argument_group("where it shall run (default: on this machine's processors)")
+    group.add_argument("--gpus", type=whole(1), metavar="N", help="on so many GPUs (default: 1 with --gpu-memory)")
+    group.add_argument(
+        "--gpu-memory", type=size, metavar="SIZE", help="memory of each GPU, such as 80GiB (default: none)"
+    )
+    _add_dtype(group)
+    _add_memory_options(plan.add_argument_group("memory and batching"))
+
+    pull = add("pull", "fetch a model", epilog=_ENVIRONMENT_HELP)
+    pull.add_argument(
+        "source", metavar="SOURCE", help="a short name, hf://ORG/REPO[@REVISION]:FILE.gguf or https://..."
+    )
+    pull.add_argument("--output", type=Path, metavar="PATH", help="where to put it (default: the local store)")
+    _add_revision(pull)
+    _add_termination_log(pull)
+
+    add("list", "list the models in the local store")
+
+    remove = add("rm", "delete models from the local store")
+    remove.add_argument("models", metavar="MODEL", nargs="+", help="a name from `octavo list`")
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, which would break when an option is added, and options in any place.
+
+    argparse on its own takes no PROMPT after an option (its documentation, "Intermixed parsing").
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+        self._intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse intermixed; which itself parses options and positionals apart, by this method."""
+        if self._intermixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
+
+
+# Options that several commands have
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    _add_revision(parser)
+
+
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of an hf:// model that names none (default: main)"
+    )
+
+
+def _add_termination_log(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--termination-log",
+        type=Path,
+        metavar="PATH",
+        help="write here, as JSON, why this command failed and what is known of the model (default: nowhere)",
+    )
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default=_DEFAULTS["host"], help="address to listen on (default: %(default)s)")
+    group.add_argument(
+        "--port", type=whole(0, 65535), default=_DEFAULTS["port"], help="0: any free one (default: %(default)s)"
+    )
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that clients use; responses carry the first (default: the model's own)",
+    )
+    group.add_argument(
+        "--max-num-queued-reqs",
+        type=whole(0),
+        metavar="N",
+        help="requests that may wait; more are answered 503 (default: four times --max-num-seqs)",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=between(0.0, 86400.0),
+        default=_DEFAULTS["shutdown_timeout"],
+        metavar="SECONDS",
+        help="what running requests get to finish after SIGTERM (default: %(default)g seconds)",
+    )
+    _add_termination_log(group)
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser.add_argument_group("model"))
+    _add_memory_options(parser.add_argument_group("memory and batching"))
+
+
+def _add_dtype(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--dtype",
+        choices=get_args(DType),
+        default=_DEFAULTS["dtype"],
+        help="of computation and KV cache; auto: bfloat16 where the device computes in it, else float32 "
+        "(default: %(default)s)",
+    )
+
+
+def _add_model_options(group: argparse._ActionsContainer) -> None:
+    _add_dtype(group)
+    group.add_argument(
+        "--quantization",
+        type=_quantization,
+        default=_DEFAULTS["quantization"],
+        metavar="METHOD",
+        help="auto: weights stay as the file has them where the device computes with them; none: they are "
+        "dequantised to --dtype (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="take tokenizer and chat template from this .gguf file (default: the model's own)",
+    )
+    group.add_argument(
+        "--device",
+        choices=get_args(Device),
+        default=_DEFAULTS["device"],
+        help="an explicit one is never replaced; auto: a GPU if there is one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tensor-parallel-size",
+        type=whole(1),
+        default=_DEFAULTS["tensor_parallel_size"],
+        metavar="N",
+        help="devices that share the model (default: %(default)s)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="a request's tokens depend on no other request: takes float32 on a CPU, refused where it cannot be kept "
+        "(default: off)",
+    )
+    group.add_argument(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=_DEFAULTS["seed"],
+        metavar="N",
+        help="of sampling, for requests without a seed of their own (default: %(default)s)",
+    )
+
+
+def _add_memory_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--max-model-len",
+        type=_or_auto(whole(2)),
+        metavar="TOKENS",
+        help="longest prompt and answer together; auto: what the model and the memory allow (default: auto)",
+    )
+    group.add_argument(
+        "--kv-cache-memory-bytes",
+        type=size,
+        metavar="SIZE",
+        help="memory for the KV cache, such as 4GiB; a plain number is bytes (default: on a GPU what is left; on a CPU "
+        "room for --max-num-seqs requests of 256 tokens or one of the longest, at most 4GiB)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=between(0.01, 1.0),
+        default=_DEFAULTS["gpu_memory_utilization"],
+        metavar="SHARE",
+        help="share of a GPU's memory to use in all, 0.01 to 1; a CPU has --kv-cache-memory-bytes (default: 0.9)",
+    )
+    group.add_argument(
+        "--block-size",
+        type=whole(1, 1024),
+        metavar="TOKENS",
+        help="tokens in a block of the KV cache (default: 8 on a CPU, 16 on a GPU)",
+    )
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS["enable_prefix_caching"],
+        help="keep the KV cache of finished requests for prompts that begin alike (default: on)",
+    )
+    group.add_argument(
+        "--max-num-seqs",
+        type=whole(1),
+        default=_DEFAULTS["max_num_seqs"],
+        metavar="N",
+        help="requests in one step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=whole(1),
+        default=_DEFAULTS["max_num_batched_tokens"],
+        metavar="TOKENS",
+        help="tokens computed in one step (default: %(default)s)",
+    )
+
+
+# Readers of values. argparse puts the option's name before their messages.
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a reader of whole numbers in a range."""
+
+    def read(text: str) -> int:
+        number = int(text) if text.lstrip("-").isdecimal() else None
+        if number is None or number < least or (most is not None and number > most):
+            bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return number
+
+    return read
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """Return a reader of numbers in a range."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+        return number
+
+    return read
+
+
+def size(text: str) -> int:
+    """Read an amount of memory in bytes: 4294967296, 4GiB, 4Gi (as Kubernetes writes it) or 4.3GB.
+
+    A bare letter is refused: Kubernetes takes 4G for 4 * 1000**3 and vLLM for 4 * 1024**3.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    factor = _UNITS.get(match["unit"]) if match is not None else None
+    if match is None or factor is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount of memory; write it as 4GiB, 512MiB, 4.3GB or in bytes"
+        )
+    number: str = match["number"]
+    num_bytes: int = round(float(number) * factor) if "." in number else int(number) * factor
+    if not 1 <= num_bytes < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 byte to 8 EiB")
+    return num_bytes
+
+
+def _or_auto(read: Callable[[str], int]) -> Callable[[str], int | None]:
+    return lambda text: None if text == "auto" else read(text)
+
+
+def _quantization(text: str) -> str:
+    known = get_args(Quantization)
+    if text in known:
+        return text
+    if text in _COMING_QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(f"{text} is not supported yet; use {' or '.join(known)}")
+    raise argparse.ArgumentTypeError(f"{text!r} is no known method; use {' or '.join(known)}")

@@ -1,0 +1,242 @@
+"""From a model's header to a plan: what the model is, where the memory goes, what is refused. No torch here.
+
+Called by `octavo plan`, by the engine process before it imports torch (core.py) and by runner.py where only torch can
+tell the device. It reads the header and asks the machine; the arithmetic is sizing.py's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from octavo_engine import resources, sizing
+from octavo_engine.errors import ConfigError, TensorParallelInvalid, UserError
+from octavo_engine.models.checkpoint import read_checkpoint
+from octavo_engine.sizing import Memory, MemoryPlan, in_mib
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from octavo_engine.config import EngineConfig
+    from octavo_engine.errors import Facts
+    from octavo_engine.models.checkpoint import Checkpoint
+    from octavo_engine.models.spec import DecoderSpec
+    from octavo_engine.weights.gguf import TensorInfo
+
+DEFAULT_GPU_MEMORY_UTILIZATION: Final = 0.9  # vLLM's
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a model's header tells."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def name(self) -> str:
+        """Of the file or folder."""
+        return self.checkpoint.path.name
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """What it computes."""
+        return self.checkpoint.spec
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Its weights."""
+        return tuple(self.checkpoint.tensors.values())
+
+    @property
+    def quantization(self) -> str:
+        """How most of its numbers are stored."""
+        stored: Counter[str] = Counter()
+        for tensor in self.tensors:
+            stored[tensor.quant_type.name] += tensor.num_elements
+        return stored.most_common(1)[0][0]
+
+    @property
+    def tensor_parallel_sizes(self) -> tuple[int, ...]:
+        """The numbers of devices that it can be split over."""
+        return sizing.tensor_parallel_sizes(self.spec, self.tensors)
+
+    def facts(self) -> Facts:
+        """For machines: the status of an InferenceService shows them as they are."""
+        return {
+            "architecture": self.checkpoint.architecture,
+            "parameters": self.checkpoint.num_parameters,
+            "quantization": self.quantization,
+            "fileBytes": sum(tensor.num_bytes for tensor in self.tensors),
+            "contextLength": self.spec.max_context,
+            "layers": self.spec.num_layers,
+            "tensorParallelSizes": list(self.tensor_parallel_sizes),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a model will be run."""
+
+    model: Model
+    device: str
+    dtype: str
+    num_devices: int
+    memory: MemoryPlan  # of each device
+
+    def facts(self) -> Facts:
+        """For machines."""
+        memory = self.memory
+        return self.model.facts() | {
+            "device": self.device,
+            "dtype": self.dtype,
+            "tensorParallelSize": self.num_devices,
+            "availableBytes": memory.available_bytes,
+            "processBytes": memory.process_bytes,
+            "marginBytes": memory.margin_bytes,
+            "weightBytes": memory.weight_bytes,
+            "workBytes": memory.work_bytes,
+            "kvBytes": memory.kv_bytes,
+            "kvBytesPerToken": memory.kv_bytes_per_token,
+            "blockSize": memory.block_size,
+            "blocks": memory.num_blocks,
+            "maxModelLen": memory.max_model_len,
+        }
+
+    def describe(self) -> str:
+        """For people: several lines."""
+        model, checkpoint, memory = self.model, self.model.checkpoint, self.memory
+        parameters = checkpoint.num_parameters / 1e6
+        tokens = memory.num_blocks * memory.block_size
+        left = memory.available_bytes - (
+            memory.process_bytes + memory.margin_bytes + memory.weight_bytes + memory.work_bytes + memory.kv_bytes
+        )
+        kv = f"{memory.num_blocks:,} blocks of {memory.block_size} tokens of {memory.kv_bytes_per_token:,} bytes"
+        rows = (
+            ("model", f"{checkpoint.architecture}, {parameters:,.1f} M parameters, {model.quantization}"),
+            ("device", f"{_devices(self.device, self.num_devices)} in {self.dtype}"),
+            ("available", in_mib(memory.available_bytes) + _each(self.num_devices)),
+            ("  processes", in_mib(memory.process_bytes)),
+            ("  margin", in_mib(memory.margin_bytes)),
+            ("  weights", in_mib(memory.weight_bytes)),
+            ("  working memory", in_mib(memory.work_bytes)),
+            ("  KV cache", f"{in_mib(memory.kv_bytes)} = {kv}"),
+            ("  free", in_mib(left)),
+            ("longest context", f"{memory.max_model_len:,} tokens of {model.spec.max_context:,}"),
+            ("cached at once", f"{tokens:,} tokens, {tokens / memory.max_model_len:.1f} of the longest requests"),
+            ("tensor parallel", f"over {_sizes(model.tensor_parallel_sizes)} devices"),
+        )
+        return "\n".join((model.name, *(f"  {name:16}  {value}" for name, value in rows)))
+
+
+def read_model(path: Path) -> Model:
+    """What the header of the model at `path` tells.
+
+    Raises:
+        ModelNotFound, ModelInvalid, ModelUnsupported: it is no model that this engine can run.
+    """
+    return Model(read_checkpoint(path))
+
+
+def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: str, memory: Memory) -> Plan:
+    """Plan how `model` runs with these options on a device.
+
+    Raises:
+        UserError: it cannot; `facts` has what is known of the model and the arithmetic.
+    """
+    try:
+        _refuse_contradictions(model, config, device)
+        divided = sizing.plan_memory(model.spec, model.tensors, config, dtype=dtype, memory=memory)
+    except UserError as error:
+        error.facts = model.facts() | error.facts
+        raise
+    return Plan(model=model, device=device, dtype=dtype, num_devices=config.tensor_parallel_size, memory=divided)
+
+
+def plan_for_cpu(model: Model, config: EngineConfig, *, processes: tuple[int, ...]) -> Plan:
+    """Plan how `model` runs on this machine's processors.
+
+    Args:
+        model: the model.
+        config: the options.
+        processes: ids of the living processes of this engine, whose memory is planned and so counts as available.
+
+    Raises:
+        UserError: as make_plan.
+    """
+    available = resources.available_memory() + sum(resources.anonymous_memory(pid) for pid in processes)
+    memory = Memory(
+        device="cpu",
+        available_bytes=available,
+        process_bytes=sizing.API_PROCESS_BYTES + sizing.ENGINE_PROCESS_BYTES,
+    )
+    return make_plan(model, config, device="cpu", dtype=choose_cpu_dtype(config), memory=memory)
+
+
+def plan_for_gpus(model: Model, config: EngineConfig, *, gpu_memory: int) -> Plan:
+    """Plan how `model` would run on tensor_parallel_size GPUs of so many bytes each, of which this machine has none.
+
+    Raises:
+        UserError: as make_plan.
+    """
+    share = config.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
+    memory = Memory(device="cuda", available_bytes=int(gpu_memory * share), process_bytes=sizing.CUDA_CONTEXT_BYTES)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    return make_plan(model, config, device="cuda", dtype=dtype, memory=memory)
+
+
+def plan_ahead(config: EngineConfig) -> Plan | None:
+    """The plan of an engine process that has not imported torch yet, or None where only torch can tell the device.
+
+    torch takes more memory than some limits leave: what cannot fit is refused before it is imported.
+
+    Raises:
+        UserError: as make_plan, and what read_model raises.
+    """
+    if config.device == "cuda" or (config.device == "auto" and resources.has_nvidia_driver()):
+        return None
+    return plan_for_cpu(read_model(config.model), config, processes=(os.getpid(), os.getppid()))
+
+
+def choose_cpu_dtype(config: EngineConfig) -> str:
+    """The dtype for `--dtype` on this machine's processors.
+
+    Raises:
+        ConfigError: --deterministic, and the dtype does not allow it.
+    """
+    if config.deterministic and config.dtype not in {"auto", "float32"}:
+        raise ConfigError(
+            f"--deterministic: on a CPU a request's {config.dtype} results depend on its batch; use --dtype float32"
+        )
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if resources.has_native_bfloat16() and not config.deterministic else "float32"
+
+
+def _refuse_contradictions(model: Model, config: EngineConfig, device: str) -> None:
+    if device == "cpu" and config.gpu_memory_utilization is not None:
+        raise ConfigError(
+            f"--gpu-memory-utilization {config.gpu_memory_utilization:g}: the device is a CPU; "
+            "use --kv-cache-memory-bytes"
+        )
+    sizes = model.tensor_parallel_sizes
+    if config.tensor_parallel_size not in sizes:
+        spec = model.spec
+        raise TensorParallelInvalid(
+            f"{config.tensor_parallel_size} devices cannot share {model.name} evenly: {spec.num_heads} query heads, "
+            f"{spec.num_kv_heads} KV heads, an intermediate size of {spec.intermediate_size}, {spec.vocab_size} "
+            f"tokens, weights in {model.quantization}; use --tensor-parallel-size {_sizes(sizes)}"
+        )
+
+
+def _devices(device: str, number: int) -> str:
+    return device if number == 1 else f"{number} x {device}"
+
+
+def _each(number: int) -> str:
+    return "" if number == 1 else " on each device"
+
+
+def _sizes(sizes: tuple[int, ...]) -> str:
+    return " or ".join((", ".join(map(str, sizes[:-1])), str(sizes[-1]))) if len(sizes) > 1 else str(sizes[0])
