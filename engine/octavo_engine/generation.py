@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from octavo_engine.errors import GenerationFailed, RequestInvalid
 from octavo_engine.text.detokenizer import Detokenizer
+from octavo_engine.text.load import load_tokenizer
 from octavo_engine.text.template import ChatTemplate, Message
-from octavo_engine.text.tokenizer import Segment, Tokenizer
-from octavo_engine.weights.gguf import read_header
+from octavo_engine.text.tokenizer import Segment
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from octavo_engine.client import EngineClient
     from octavo_engine.messages import EngineFacts
     from octavo_engine.plan import SamplingParams
+    from octavo_engine.text.tokenizer import Tokenizer
 
 _INLINE_CHARACTERS: Final = 10_000  # longer texts are tokenised in a thread, so that other requests are answered
 
@@ -55,14 +56,13 @@ class TextModel:
 
     @classmethod
     def load(cls, path: Path) -> TextModel:
-        """Build it from a GGUF file's header, without its weights.
+        """Build it from a GGUF file or a folder with a tokenizer.json, without the weights.
 
         Raises:
-            ModelNotFound, ModelInvalid, ModelUnsupported: the file is not what it should be.
+            ModelNotFound, ModelInvalid, ModelUnsupported: the files are not what they should be.
         """
-        header = read_header(path)
-        tokenizer = Tokenizer(header)
-        template = header.get("tokenizer.chat_template", str, "")
+        tokenizer = load_tokenizer(path)
+        template = tokenizer.chat_template
         return cls(tokenizer, ChatTemplate(template, tokenizer) if template else None)
 
 
@@ -100,7 +100,11 @@ class LanguageModel:
             RequestInvalid: it is empty, too long, or has ids outside the vocabulary.
         """
         if isinstance(prompt, str):
-            ids = [*self._tokenizer.prompt_prefix_ids, *await self._encode([Segment(prompt, True)], "prompt")]
+            ids = [
+                *self._tokenizer.prompt_prefix_ids,
+                *await self._encode([Segment(prompt, True)], "prompt"),
+                *self._tokenizer.prompt_suffix_ids,
+            ]
         else:
             ids = list(prompt)
             self.check_token_ids(ids, "prompt")

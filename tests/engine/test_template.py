@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo_engine.errors import ModelInvalid, RequestInvalid
+from octavo_engine.text.gguf_tokenizer import tokenizer_from_gguf
 from octavo_engine.text.template import ChatTemplate
 from octavo_engine.text.tokenizer import Segment, Tokenizer
 from octavo_engine.weights.gguf import GGUFHeader, read_header
@@ -29,7 +30,7 @@ def tokenizer() -> Tokenizer:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
-    return Tokenizer(GGUFHeader(path=Path("tiny.gguf"), metadata=metadata, tensors={}))
+    return tokenizer_from_gguf(GGUFHeader(path=Path("tiny.gguf"), metadata=metadata, tensors={}))
 
 
 TOKENIZER = tokenizer()
@@ -98,7 +99,7 @@ def test_a_template_that_does_not_compile_is_the_models_fault() -> None:
 @pytest.mark.model
 def test_the_models_own_template_puts_its_system_message_first(smollm2_path: Path) -> None:
     header = read_header(smollm2_path)
-    template = ChatTemplate(header.require("tokenizer.chat_template", str), Tokenizer(header))
+    template = ChatTemplate(header.require("tokenizer.chat_template", str), tokenizer_from_gguf(header))
     text = "".join(segment.text for segment in template.render([{"role": "user", "content": "Hi"}]))
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

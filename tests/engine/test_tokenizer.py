@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from octavo_engine.errors import ModelInvalid, ModelUnsupported
+from octavo_engine.text.gguf_tokenizer import tokenizer_from_gguf
 from octavo_engine.text.tokenizer import Segment, Tokenizer
 from octavo_engine.weights.gguf import GGUFHeader, read_header
 
@@ -42,7 +43,7 @@ slow = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCh
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2_path: Path) -> Tokenizer:
-    return Tokenizer(read_header(smollm2_path))
+    return tokenizer_from_gguf(read_header(smollm2_path))
 
 
 @pytest.fixture(scope="session")
@@ -110,36 +111,46 @@ def header(**changes: Any) -> GGUFHeader:
 
 
 def test_user_defined_tokens_are_whole_even_in_plain_text_and_control_tokens_are_not() -> None:
-    tokenizer = Tokenizer(header())
+    tokenizer = tokenizer_from_gguf(header())
     assert tokenizer.encode([Segment("ab<think>a</s>", control_tokens=False)]) == [4, 5, 2]
     assert tokenizer.encode([Segment("ab<think>a</s>", control_tokens=True)]) == [4, 5, 2, 1]
 
 
 def test_segments_are_encoded_in_order_and_each_by_its_own_rule() -> None:
-    segments = [Segment("<s>", control_tokens=True), Segment("a<s>", control_tokens=False), Segment("b", True)]
-    assert Tokenizer(header()).encode(segments) == [0, 2, 3]
+    segments = [Segment("<s>", control_tokens=True), Segment("b<s>", control_tokens=False), Segment("a<s>b", True)]
+    assert tokenizer_from_gguf(header()).encode(segments) == [0, 3, 2, 0, 3]
+
+
+def test_a_token_may_reach_over_the_border_of_segments() -> None:
+    assert tokenizer_from_gguf(header()).encode([Segment("a", True), Segment("b", False)]) == [4]
 
 
 def test_the_beginning_of_sequence_stands_before_prompts_only_where_the_model_wants_it() -> None:
-    assert Tokenizer(header()).prompt_prefix_ids == ()
-    assert Tokenizer(header(add_bos_token=True)).prompt_prefix_ids == (0,)
+    assert tokenizer_from_gguf(header()).prompt_prefix_ids == ()
+    assert tokenizer_from_gguf(header(add_bos_token=True)).prompt_prefix_ids == (0,)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": "llama"}, ModelUnsupported, "tokenizer.ggml.model is 'llama'"),
-        ({"pre": "klingon"}, ModelUnsupported, "'klingon'; supported: gpt-2, smollm"),
-        ({"pre": None}, ModelInvalid, "tokenizer.ggml.pre is missing"),
+        ({"model": "rwkv"}, ModelUnsupported, "tokenizer.ggml.model is 'rwkv'; supported: 'gpt2'"),
+        ({"pre": "klingon"}, ModelUnsupported, "tokenizer.ggml.pre is 'klingon'.*; supported: .*gpt-2, .*smollm"),
+        ({"pre": None}, ModelUnsupported, "tokenizer.ggml.pre is missing"),
+        ({"tokens": []}, ModelInvalid, "tokenizer.ggml.tokens is empty"),
         ({"tokens": None}, ModelInvalid, "tokenizer.ggml.tokens is missing"),
         ({"tokens": [1]}, ModelInvalid, "not str"),
         ({"token_type": [1]}, ModelInvalid, "1 entries for 7 tokens"),
         ({"merges": ["a z"]}, ModelInvalid, "does not fit"),
         ({"eos_token_id": 7}, ModelInvalid, "eos_token_id is 7, and there are 7 tokens"),
+        ({"bos_token_id": -1}, ModelInvalid, "bos_token_id is -1, and there are 7 tokens"),
+        ({"bos_token_id": None, "add_bos_token": True}, ModelInvalid, "bos_token_id is missing"),
+        ({"model": "llama"}, ModelInvalid, "tokenizer.ggml.scores is missing"),
+        ({"model": "llama", "scores": [0.0]}, ModelInvalid, "scores has 1 entries for 7 tokens"),
+        ({"model": "llama", "remove_extra_whitespaces": True}, ModelUnsupported, "remove_extra_whitespaces"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_built_is_refused_by_name(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        Tokenizer(header(**changes))
+        tokenizer_from_gguf(header(**changes))

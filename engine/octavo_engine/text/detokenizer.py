@@ -1,7 +1,12 @@
 """From token ids to text that can be shown at once: whole characters only, nothing that may still become a stop string.
 
 One Detokenizer per request, called by generation.py with each update of the engine. However the tokens are cut into
-updates, the concatenated text is the same: that is the property tests/engine/test_detokenizer.py holds.
+updates, the concatenated text is the same: that is the property tests/engine/test_detokenizer.py holds. A token costs
+its own bytes, however much text there is already.
+
+An answer goes on where its prompt ended, so a first token that begins with a space gives that space: prompt and answer
+together read as the model wrote them. (transformers, which decodes the answer alone, drops it in SentencePiece
+vocabularies; vLLM and llama.cpp keep it.)
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ class Detokenizer:
     """Incremental decoding with stop strings.
 
     Args:
-        token_bytes: what each token id stands for.
+        token_bytes: what each token id stands for; ids beyond are no text.
         hidden_ids: tokens that are no text (control tokens).
         stop: strings that end the text. Of several, the one that is complete first counts, and of those complete at the
             same character the longest. It is not part of the text.
@@ -34,7 +39,12 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Take the next tokens and return the text that is certain now."""
-        data = b"".join(self._token_bytes[token_id] for token_id in token_ids if token_id not in self._hidden_ids)
+        size = len(self._token_bytes)
+        data = b"".join(
+            self._token_bytes[token_id]
+            for token_id in token_ids
+            if token_id < size and token_id not in self._hidden_ids
+        )
         return self._release(self._utf8.decode(data))
 
     def finish(self) -> str:

@@ -51,7 +51,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ModelInvalid(f"tokenizer.chat_template does not compile: {error}") from error
+            raise ModelInvalid(f"the model's chat template does not compile: {error}") from error
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the prompt for the next assistant message.

@@ -1,46 +1,26 @@
-"""The tokenizer of a GGUF model, built from the file's own metadata.
+"""Text to token ids and back to bytes, whatever kind of model file the vocabulary came from.
 
-Called by generation.py. Knows nothing about chat messages (template.py) or streaming (detokenizer.py).
+Made by load.py (gguf_tokenizer.py and hf_tokenizer.py build the parts); used by generation.py. Knows nothing about chat
+messages (template.py) or streaming (detokenizer.py).
 
 Control tokens (`<|im_end|>`, `<|endoftext|>`) are the frame of a conversation, so whether a text may contain them is
 the caller's decision and not the tokenizer's: `encode` takes segments, each of which says whether control tokens in it
-count. template.py says no for what users wrote, so that nobody ends his own turn; a raw prompt says yes.
+count. template.py says no for what users wrote, so that nobody ends his own turn; a raw prompt says yes. (vLLM and
+transformers read them in both.)
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING
 
-import tokenizers
-from tokenizers import models, pre_tokenizers
-
-from octavo_engine.errors import ModelInvalid, ModelUnsupported
+from octavo_engine.errors import ModelInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from octavo_engine.weights.gguf import GGUFHeader
-
-_T = TypeVar("_T")
-
-# Values of tokenizer.ggml.token_type (gguf specification, "tokenizer.ggml.token_type").
-_CONTROL: Final = 3
-_USER_DEFINED: Final = 4
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-# tokenizer.ggml.pre -> how text is cut before byte-pair merging. The names are llama.cpp's. A wrong cut gives other
-# tokens than the model was trained on without any error, so a name that is not here is refused.
-_PRE_TOKENIZERS: Final = {"gpt-2": _gpt2, "smollm": _smollm}
+    import tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,66 +31,67 @@ class Segment:
     control_tokens: bool  # recognise control tokens in it; False: they are ordinary characters
 
 
+@dataclass(frozen=True, slots=True)
+class ControlToken:
+    """A token that is no text but part of a conversation's frame."""
+
+    token_id: int
+    strips_before: bool = False  # takes the white space before it away
+    strips_after: bool = False
+
+
 class Tokenizer:
-    """Byte-level BPE.
+    """A vocabulary with its rules.
 
     Args:
-        header: of the GGUF file.
+        backend: encodes text without control tokens, at the beginning of a prompt.
+        backend_after_control: the same after a control token, where some kinds leave out the space that they put before
+            a prompt; None: no difference.
+        token_bytes: by id, what the token stands for in a text. Ids beyond stand for nothing: a model's output can be
+            wider than its vocabulary.
+        control_tokens: by their text.
+        hidden_ids: other tokens that are no text in an answer: unused and unknown ones.
+        bos_id: the token at the beginning of a sequence, if there is one.
+        eos_id: the token that ends a turn, if there is one.
+        adds_bos: the model wants `bos_id` before every raw prompt. Chat templates write it themselves.
+        adds_eos: the model wants `eos_id` after every raw prompt.
+        chat_template: jinja2 source out of the model, if it brings one.
 
     Raises:
-        ModelInvalid: a tokenizer entry is missing or contradicts another.
-        ModelUnsupported: the tokenizer is of a kind that is not built yet.
+        ModelInvalid: the control tokens cannot be searched for.
     """
 
-    def __init__(self, header: GGUFHeader) -> None:
-        kind = header.require("tokenizer.ggml.model", str)
-        if kind != "gpt2":
-            raise ModelUnsupported(f"tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) is supported")
-        pre = header.require("tokenizer.ggml.pre", str)
-        if pre not in _PRE_TOKENIZERS:
-            raise ModelUnsupported(f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(_PRE_TOKENIZERS))}")
-        tokens = _array(header, "tokenizer.ggml.tokens", str)
-        types = _array(header, "tokenizer.ggml.token_type", int)
-        if len(types) != len(tokens):
-            raise ModelInvalid(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-        merges = [_pair(merge) for merge in _array(header, "tokenizer.ggml.merges", str)]
-
-        ids = {token: token_id for token_id, token in enumerate(tokens)}
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        backend_after_control: tokenizers.Tokenizer | None = None,
+        token_bytes: tuple[bytes, ...],
+        control_tokens: Mapping[str, ControlToken],
+        hidden_ids: frozenset[int] = frozenset(),
+        bos_id: int | None,
+        eos_id: int | None,
+        adds_bos: bool,
+        adds_eos: bool,
+        chat_template: str | None,
+    ) -> None:
+        self._backend = backend
+        self._backend_after_control = backend_after_control or backend
+        self._control_tokens = control_tokens
+        self.token_bytes = token_bytes
+        self.max_token_bytes = max(map(len, token_bytes), default=0) or 1
+        self.control_ids = hidden_ids | {token.token_id for token in control_tokens.values()}
         try:
-            self._bpe = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges))
-        except Exception as error:  # tokenizers raises no narrower one
-            raise ModelInvalid(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: {error}") from error
-        self._bpe.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-        # User-defined tokens are whole wherever they stand, control tokens only where the caller says so (`encode`).
-        self._bpe.add_tokens(
-            [
-                tokenizers.AddedToken(token, normalized=False)
-                for token, token_type in zip(tokens, types, strict=True)
-                if token_type == _USER_DEFINED
-            ]
-        )
-        self._control_ids = {
-            token: token_id
-            for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True))
-            if token_type == _CONTROL
-        }
-        longest_first = sorted(self._control_ids, key=len, reverse=True)
-        self.control_pattern: re.Pattern[str] | None = (
-            re.compile("|".join(re.escape(token) for token in longest_first)) if longest_first else None
-        )
-
-        raw = {_CONTROL, _USER_DEFINED}
-        self.token_bytes: tuple[bytes, ...] = tuple(
-            token.encode() if token_type in raw else _to_bytes(token)
-            for token, token_type in zip(tokens, types, strict=True)
-        )  # by id: what the token stands for in the text
-        self.control_ids = frozenset(self._control_ids.values())
-        self.max_token_bytes = max(map(len, self.token_bytes))
-        self.eos_token = self._token(header, "tokenizer.ggml.eos_token_id")
-        self.bos_token = self._token(header, "tokenizer.ggml.bos_token_id")
-        # What stands before every raw prompt. Chat templates write it themselves.
-        add_bos = header.get("tokenizer.ggml.add_bos_token", bool, default=False)
-        self.prompt_prefix_ids = (header.require("tokenizer.ggml.bos_token_id", int),) if add_bos else ()
+            pattern = re.compile(_any_of(sorted(control_tokens))) if control_tokens else None
+        except RecursionError:
+            longest = max(map(len, control_tokens))
+            raise ModelInvalid(f"the longest control token has {longest} characters, which is too long") from None
+        self.control_pattern: re.Pattern[str] | None = pattern
+        self.bos_token = "" if bos_id is None else token_bytes[bos_id].decode(errors="replace")
+        self.eos_token = "" if eos_id is None else token_bytes[eos_id].decode(errors="replace")
+        self.prompt_prefix_ids = (bos_id,) if adds_bos and bos_id is not None else ()
+        self.prompt_suffix_ids = (eos_id,) if adds_eos and eos_id is not None else ()
+        self.chat_template = chat_template
 
     @property
     def vocab_size(self) -> int:
@@ -118,61 +99,56 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def encode(self, segments: Iterable[Segment]) -> list[int]:
-        """Return the token ids of the segments, in order. Nothing is added before or after."""
+        """Return the token ids of the segments, in order. Nothing is added before or after.
+
+        Only control tokens part the text: where two segments meet, a token may stand for characters of both.
+        """
         ids: list[int] = []
-        for segment in segments:
-            if not segment.control_tokens or self.control_pattern is None:
-                ids += self._encode_plain(segment.text)
+        backend = self._backend
+        plain, strips = "", False
+        for text, token in self._runs(segments):
+            plain += text
+            if token is None:
                 continue
+            ids += _encode(backend, _strip(plain, before=strips, after=token.strips_before))
+            ids.append(token.token_id)
+            backend = self._backend_after_control
+            plain, strips = "", token.strips_after
+        return ids + _encode(backend, _strip(plain, before=strips, after=False))
+
+    def _runs(self, segments: Iterable[Segment]) -> Iterator[tuple[str, ControlToken | None]]:
+        """Each stretch of plain text, with the control token that ends it if one does."""
+        for segment in segments:
             position = 0
-            for match in self.control_pattern.finditer(segment.text):
-                ids += self._encode_plain(segment.text[position : match.start()])
-                ids.append(self._control_ids[match.group()])
-                position = match.end()
-            ids += self._encode_plain(segment.text[position:])
-        return ids
-
-    def _token(self, header: GGUFHeader, key: str) -> str:
-        """Return the text of the token whose id is under `key`, or nothing where the header has no such token."""
-        token_id = header.get(key, int, -1)
-        if token_id >= self.vocab_size:
-            raise ModelInvalid(f"{key} is {token_id}, and there are {self.vocab_size} tokens")
-        return self.token_bytes[token_id].decode(errors="replace") if token_id >= 0 else ""
-
-    def _encode_plain(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return self._bpe.encode(text, add_special_tokens=False).ids
+            if segment.control_tokens and self.control_pattern is not None:
+                for match in self.control_pattern.finditer(segment.text):
+                    yield segment.text[position : match.start()], self._control_tokens[match.group()]
+                    position = match.end()
+            yield segment.text[position:], None
 
 
-def _array(header: GGUFHeader, key: str, kind: type[_T]) -> list[_T]:
-    elements = header.require(key, list)
-    typed: list[_T] = [element for element in elements if isinstance(element, kind)]
-    if len(typed) != len(elements):
-        raise ModelInvalid(f"{key} has elements that are not {kind.__name__}")
-    return typed
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids if text else []
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
+def _strip(text: str, *, before: bool, after: bool) -> str:
+    text = text.lstrip() if before else text
+    return text.rstrip() if after else text
 
 
-def _byte_of_char() -> dict[str, int]:
-    """Return GPT-2's alphabet of byte-level vocabularies: printable characters that stand for bytes.
+def _any_of(words: list[str]) -> str:
+    """Return a regular expression for the longest of these (sorted) words that stands at a place.
 
-    Printable Latin-1 bytes are written as themselves, the others, in order, as the characters from U+0100 on.
+    A tree of their beginnings, so that a place costs no more than the longest word, however many words there are: users
+    choose the text that this is matched with.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR: Final = _byte_of_char()
-
-
-def _to_bytes(token: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF_CHAR[char] for char in token)
-    except KeyError:  # not written in the byte alphabet, so it stands for its own text
-        return token.encode()
+    alternatives = []
+    rest = [word for word in words if word]
+    while rest:
+        first = rest[0][0]
+        group = [word[1:] for word in rest if word[0] == first]
+        rest = rest[len(group) :]
+        tail = _any_of(group)
+        optional = "?" if "" in group and tail else ""
+        alternatives.append(re.escape(first) + (f"(?:{tail}){optional}" if "|" in tail or optional else tail))
+    return "|".join(alternatives)
