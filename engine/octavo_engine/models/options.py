@@ -32,11 +32,11 @@ class Options:
 
     def with_defaults(self, defaults: Mapping[str, object]) -> Options:
         """The same with values for keys that are left out; an explicit null stays absent."""
-        return Options(self._file, self._label, {**defaults, **self._values})
+        return self._derived({**defaults, **self._values})
 
     def without(self, key: str) -> Options:
         """The same without one key."""
-        return Options(self._file, self._label, {name: value for name, value in self._values.items() if name != key})
+        return self._derived({name: value for name, value in self._values.items() if name != key})
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a value."""
@@ -161,6 +161,12 @@ class Options:
     def unsupported(self, key: str, problem: str) -> NoReturn:
         """Refuse a value that this engine does not compute."""
         raise ModelUnsupported(f"{self._file}: {self._label}{key} {problem}")
+
+    def _derived(self, values: Mapping[str, object]) -> Options:
+        """Other values of the same file; what is asked of them counts as asked here."""
+        options = Options(self._file, self._label, values)
+        options._known = self._known
+        return options
 
     def _value(self, key: str, default: object) -> object:
         value = self.get(key)
