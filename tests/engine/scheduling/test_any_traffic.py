@@ -136,5 +136,5 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
                 assert (self.engine.outputs[key], self.engine.finished[key]) == (output, finish_reason)
 
 
-AnyTrafficOnAnyPool.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+AnyTrafficOnAnyPool.TestCase.settings = settings(max_examples=330, stateful_step_count=40, deadline=None)
 test_any_traffic_on_any_pool_gives_each_request_what_it_would_get_alone = AnyTrafficOnAnyPool.TestCase
