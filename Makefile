@@ -8,13 +8,15 @@ PYTHON := $(VENV)/bin/python
 CLUSTER := PYTHONPATH=e2e $(PYTHON) -m octavo_cluster
 # A CPU build of torch beside the checkout saves the download of the CUDA build; without it everything works, only slower.
 WHEELS := $(wildcard ../shared/wheels)
+# What the CPU library is made of: built into the checkout when the environment is set up.
+NATIVE := $(wildcard engine/octavo_engine/cpu/native/*) engine/octavo_engine/cpu/variants.py
 PIP_COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --no-header --no-annotate
 
 .PHONY: help
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/.stamp: pyproject.toml constraints.txt
+$(VENV)/.stamp: pyproject.toml constraints.txt hatch_build.py $(NATIVE)
 	@echo "==> Python environment in $(VENV)"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Octavo needs Python 3.11 or newer; python3 is $$(python3 --version)"; exit 1; }
 	@[ -x $(VENV)/bin/pip ] || python3 -m venv $(VENV) || { rm -rf $(VENV); apt-get update -qq && apt-get install -y -qq python3-venv && python3 -m venv $(VENV); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from octavo_engine.cpu.variants import VARIANTS
 
 if TYPE_CHECKING:
     from email.message import Message
@@ -58,20 +61,47 @@ def files_of(package: str) -> set[str]:
     return {
         str(path.relative_to(root))
         for path in (root / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
 
 
-def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
+def names_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if not name.startswith(f"octavo-{VERSION}.dist-info/")}
+        return {name for name in archive.namelist() if not name.startswith(f"octavo-{VERSION}.dist-info/")}
+
+
+def is_library(name: str) -> bool:
+    return name.endswith(".so")
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
+    names = {name for name in names_in(wheel) if not is_library(name)}
 
     assert names == files_of("octavo_operator") | files_of("octavo_engine")
     assert {"octavo_operator/py.typed", "octavo_engine/py.typed"} <= names
 
 
-def test_the_wheel_runs_on_any_platform(wheel: Path) -> None:
+def test_the_wheel_has_the_cpu_library_for_every_processor_and_runs_with_any_python(wheel: Path) -> None:
+    assert wheel.name == f"octavo-{VERSION}-py3-none-linux_x86_64.whl"
+    assert {name for name in names_in(wheel) if is_library(name)} == {
+        f"octavo_engine/cpu/{variant.file_name}" for variant in VARIANTS
+    }
+
+
+def test_without_a_compiler_the_wheel_is_the_pure_one_and_the_build_says_so(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    libraries = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("operator", "engine"):
+        shutil.copytree(ROOT / name, source / name, ignore=libraries)
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": str(tmp_path)})
+
+    (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"octavo-{VERSION}-py3-none-any.whl"
+    assert names_in(wheel) == files_of("octavo_operator") | files_of("octavo_engine")
+    assert "no C++ compiler" in answer.stdout + answer.stderr
 
 
 def test_the_wheel_brings_two_commands(wheel: Path) -> None:
@@ -100,7 +130,7 @@ def test_the_source_distribution_holds_what_a_build_needs(built: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.removeprefix(prefix) for name in archive.getnames()}
 
-    assert {"pyproject.toml", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE"} <= names
+    assert {"pyproject.toml", "hatch_build.py", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE"} <= names
     assert {f"operator/{name}" for name in files_of("octavo_operator")} <= names
     assert {f"engine/{name}" for name in files_of("octavo_engine")} <= names
     assert {f"crds/{path.name}" for path in (ROOT / "crds").glob("*.yaml")} <= names

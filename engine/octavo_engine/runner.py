@@ -1,6 +1,6 @@
 """The model on its device: loads it, computes a step's tokens, samples. Called by the engine loop (core.py).
 
-It joins the parts (weights, model, attention backend, sampler) and keeps no state of any request: all that it must know
+It joins the parts (weights, model, KV cache, sampler) and keeps no state of any request: all that it must know
 comes with each plan. It knows nothing of scheduling or text.
 
 Shapes: S rows to get logits for, V vocabulary.
@@ -18,21 +18,23 @@ from octavo_engine import device as devices
 from octavo_engine import planning, resources, sampler
 from octavo_engine.attention.base import AttentionRules, CacheShape
 from octavo_engine.attention.reference import ReferenceAttention
-from octavo_engine.batch import build_step
+from octavo_engine.cpu.decoder import CpuDecoder, choose_compute
+from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError
 from octavo_engine.messages import EngineFacts
 from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan, StepResult
+from octavo_engine.steps import TorchSteps
 from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.config import EngineConfig
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.planning import Plan
     from octavo_engine.sizing import MemoryPlan
+    from octavo_engine.steps import Steps
 
 _log = logging.getLogger(__name__)
 
@@ -42,14 +44,9 @@ _WARM_UP_TOKENS = 64  # enough to use every kernel
 class ModelRunner:
     """Computes StepPlans. The KV cache inside is addressed by the plans' block ids alone."""
 
-    def __init__(
-        self, model: TorchDecoder, attention: AttentionBackend, *, block_size: int, device: torch.device, seed: int
-    ) -> None:
-        """Take a loaded model and the attention backend that it was built with."""
-        self._model = model
-        self._attention = attention
-        self._block_size = block_size
-        self._device = device
+    def __init__(self, steps: Steps, *, seed: int) -> None:
+        """Take a loaded model, and the seed of requests that bring none."""
+        self._steps = steps
         self._seed = seed
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -69,15 +66,11 @@ class ModelRunner:
         """Copy blocks and compute every token of the plan, without sampling.
 
         Returns:
-            Logits [S, V] in the compute dtype, after the last token of each request with needs_token set, or after
-            every token of the plan.
+            Logits [S, V], after the last token of each request with needs_token set, or after every token of the plan.
         """
-        step = build_step(plan, block_size=self._block_size, device=self._device)
         if plan.copies:
-            self._attention.copy_blocks(plan.copies)
-        self._attention.begin_step(step.attention)
-        rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.last_rows
-        return self._model.forward(step.input_ids, step.positions, rows)
+            self._steps.copy_blocks(plan.copies)
+        return self._steps.forward(plan, every_token=every_token)
 
 
 def load_runner(
@@ -103,13 +96,28 @@ def load_runner(
     _log.info("%s", plan.describe())
     checkpoint, memory, dtype = plan.model.checkpoint, plan.memory, devices.torch_dtype(plan.dtype)
     spec = checkpoint.spec
+    library = best_library() if device.type == "cpu" else None
+    compute = choose_compute(dtype) if library is not None else None
     torch.set_num_threads(resources.num_threads())
-    rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
-    attention = ReferenceAttention(_cache_shape(spec, memory), rules, dtype=dtype, device=device)
     weights = WeightSource(checkpoint, on_progress=lambda done, total: on_progress("Loading", done, total))
-    model = TorchDecoder(spec, weights, attention, num_positions=memory.max_model_len, dtype=dtype, device=device)
+    steps: Steps
+    if library is not None and compute is not None:
+        steps = CpuDecoder(
+            library,
+            spec,
+            weights,
+            compute=compute,
+            num_positions=memory.max_model_len,
+            num_blocks=memory.num_blocks,
+            block_size=memory.block_size,
+            num_threads=resources.num_threads(),
+        )
+        # The library has its own threads. Those of torch spin for milliseconds after a product, on the same processors.
+        torch.set_num_threads(1)
+    else:
+        steps = _torch_steps(spec, weights, memory, dtype, device)
     weights.check_all_read()
-    runner = ModelRunner(model, attention, block_size=memory.block_size, device=device, seed=config.seed)
+    runner = ModelRunner(steps, seed=config.seed)
     on_progress("Warmup", 0, 1)
     _warm_up(runner, config, memory)
     on_progress("Warmup", 1, 1)
@@ -132,6 +140,15 @@ def _plan(config: EngineConfig, device: torch.device) -> Plan:
     return planning.make_plan(
         model, config, device=device.type, dtype=devices.choose_dtype(config, device), memory=memory
     )
+
+
+def _torch_steps(
+    spec: DecoderSpec, weights: WeightSource, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
+) -> TorchSteps:
+    rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
+    attention = ReferenceAttention(_cache_shape(spec, plan), rules, dtype=dtype, device=device)
+    model = TorchDecoder(spec, weights, attention, num_positions=plan.max_model_len, dtype=dtype, device=device)
+    return TorchSteps(model, attention, block_size=plan.block_size, device=device)
 
 
 def _cache_shape(spec: DecoderSpec, plan: MemoryPlan) -> CacheShape:

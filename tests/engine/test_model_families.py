@@ -20,6 +20,7 @@ from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
 from octavo_engine.runner import ModelRunner
+from octavo_engine.steps import TorchSteps
 from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def load(path: Path, num_positions: int = len(TOKENS)) -> ModelRunner:
     weights = WeightSource(checkpoint, on_progress=lambda *_: None)
     decoder = TorchDecoder(spec, weights, attention, num_positions=num_positions, dtype=torch.float32, device=device)
     weights.check_all_read()
-    return ModelRunner(decoder, attention, block_size=BLOCK_SIZE, device=device, seed=0)
+    return ModelRunner(TorchSteps(decoder, attention, block_size=BLOCK_SIZE, device=device), seed=0)
 
 
 def logits_of(runner: ModelRunner, *ends: int) -> torch.Tensor:

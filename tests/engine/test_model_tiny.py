@@ -58,7 +58,6 @@ def test_logits_equal_those_of_transformers(write_tiny_gguf: Any, tiny_llama: An
 def test_half_precision_is_close_to_float32(write_tiny_gguf: Any, tiny_llama: Any, dtype: str, share: float) -> None:
     expected = expected_logits(tiny_llama)
     logits = all_logits(load(write_tiny_gguf(), dtype=dtype), piece(0, 70))
-    assert str(logits.dtype) == f"torch.{dtype}"
     tolerance = share * expected.abs().max().item()
     torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = 2
 NAN_TOKEN = 1
-NUM_LAYERS, HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, CONTEXT = 2, 64, 96, 4, 2, 1024
+NUM_LAYERS, HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, CONTEXT = 2, 64, 96, 4, 2, 8192
 MANY_TOKENS = 300  # so that a request runs for a second or more
 CHATML = "{% for message in messages %}{{ message.content }}{% endfor %}"
 OPTIONS = ("--dtype", "float32", "--kv-cache-memory-bytes", "33554432", "--served-model-name", "tiny")

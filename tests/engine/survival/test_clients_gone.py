@@ -39,7 +39,7 @@ async def exchange(
     return reader, writer
 
 
-def asking(max_tokens: int = 900, *, stream: bool) -> bytes:
+def asking(max_tokens: int = 7000, *, stream: bool) -> bytes:
     """The body of a request that runs for seconds."""
     body = {"model": "tiny", "prompt": "Hi " * 20, "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
     return json.dumps(body).encode()

@@ -1,0 +1,240 @@
+"""A DecoderSpec computed by the C++ library: packs the weights, owns the KV cache, computes steps.
+
+Built and run by runner.py, on a CPU where the library is there. One call computes a whole step; the library's threads
+are its own. What a request gets does not depend on the other requests of the step, in any of the three ways to compute:
+
+- float32: weights dequantised to float32;
+- bfloat16: weights and the inputs of products in bfloat16, sums in float32;
+- int8: quantised weights as the file has them, the inputs of products rounded to int8 with a scale for 32, as llama.cpp
+  does; matrices of other types as in bfloat16.
+
+Keys and values are float32 for float32, otherwise float16: as many bytes as bfloat16, three bits more, and every
+processor that runs the library converts them in hardware. The residual is float32 in all.
+
+Shapes: T tokens of the step, R requests, S rows to get logits for, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from octavo_engine.cpu.library import PHASES, Config, Role, Step, Vector
+from octavo_engine.models.decoder import rotary_tables
+from octavo_engine.weights.quant_type import QuantType
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from octavo_engine.models.family import LayerRole, ModelRole
+    from octavo_engine.models.spec import DecoderSpec
+    from octavo_engine.plan import StepPlan
+    from octavo_engine.weights.stored import StoredMatrix, WeightSource
+
+Compute = Literal["float32", "bfloat16", "int8"]
+
+# Quantised types that the library multiplies as they are.
+NATIVE_TYPES = frozenset({QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1, QuantType.Q8_0})
+
+_COMPUTE: dict[torch.dtype, Compute] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_STORED = {torch.float32: QuantType.F32, torch.bfloat16: QuantType.BF16}
+
+
+def choose_compute(dtype: torch.dtype) -> Compute | None:
+    """How to compute in a dtype that device.py chose; None: not here but in torch (float16)."""
+    return _COMPUTE.get(dtype)
+
+
+class CpuDecoder:
+    """The whole network, from a StepPlan to logits."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        spec: DecoderSpec,
+        source: WeightSource,
+        *,
+        compute: Compute,
+        num_positions: int,
+        num_blocks: int,
+        block_size: int,
+        num_threads: int,
+    ) -> None:
+        """Load and pack every tensor.
+
+        Raises:
+            ModelInvalid: a tensor is missing or has another shape than `spec` implies.
+            MemoryError: the KV cache or a matrix cannot be allocated.
+        """
+        self._library, self._spec, self._compute = library, spec, compute
+        tables = rotary_tables(spec, source, num_positions=num_positions)
+        config = Config(
+            vocab_size=spec.vocab_size,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            num_layers=spec.num_layers,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_float32=compute == "float32",
+            num_positions=num_positions,
+            num_ropes=len(tables),
+            num_threads=num_threads,
+            gate={"silu": 0, "gelu_tanh": 1}[spec.activation],
+            rms_norm_eps=spec.rms_norm_eps,
+            embedding_scale=spec.embedding_scale,
+            attention_scale=spec.attention_scale,
+            attention_softcap=spec.attention_softcap or 0.0,
+            logit_softcap=spec.logit_softcap or 0.0,
+        )
+        self._decoder = library.octavo_decoder_new(ctypes.byref(config))
+        if not self._decoder:
+            raise MemoryError("no memory for the KV cache")
+        weakref.finalize(self, library.octavo_decoder_free, self._decoder)
+        for index, (cos, sin) in enumerate(tables.values()):
+            cos, sin = cos.contiguous(), sin.contiguous()  # noqa: PLW2901 - alive until the call is over
+            self._check(library.octavo_decoder_set_rope(self._decoder, index, cos.data_ptr(), sin.data_ptr()))
+        for layer in range(spec.num_layers):
+            rope = list(tables).index(spec.ropes[layer])
+            library.octavo_decoder_set_layer(self._decoder, layer, spec.windows[layer] or 0, rope)
+            self._load_layer(source, layer)
+        self._load_matrix(source, "embedding", (spec.vocab_size, spec.hidden_size))
+        if not spec.tied_embeddings:
+            self._load_matrix(source, "output", (spec.vocab_size, spec.hidden_size))
+        self._load_vector(source, "final_norm", spec.hidden_size)
+        self._block_size = block_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed matrices."""
+        return int(self._library.octavo_decoder_weight_bytes(self._decoder))
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds spent in each phase of all steps so far; their sum is the time in `forward` but for Python's part."""
+        seconds = self._library.octavo_decoder_phase_seconds(self._decoder)
+        return {phase: seconds[index] for index, phase in enumerate(PHASES)}
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy the KV of whole blocks in every layer: (source, destination) block ids."""
+        pairs = np.array(copies, dtype=np.int32)
+        self._library.octavo_decoder_copy_blocks(self._decoder, pairs.ctypes.data, len(copies))
+
+    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
+        """Compute every token of the plan.
+
+        Returns:
+            Float32 logits [S, V], after the last token of each request with needs_token set, or after every token.
+        """
+        requests = plan.requests
+        query_starts = _starts([len(request.token_ids) for request in requests])
+        num_tokens = int(query_starts[-1])
+        if every_token:
+            rows = np.arange(num_tokens, dtype=np.int32)
+        else:
+            rows = query_starts[1:][[request.needs_token for request in requests]] - 1
+        logits = torch.empty(len(rows), self._spec.vocab_size)
+        token_ids = _flat([request.token_ids for request in requests], num_tokens)
+        computed = np.array([request.num_computed_tokens for request in requests], dtype=np.int32)
+        table_starts = _starts([len(request.block_ids) for request in requests])
+        block_tables = _flat([request.block_ids for request in requests], int(table_starts[-1]))
+        contexts = computed + np.diff(query_starts)
+        assert np.all(np.diff(table_starts) * self._block_size >= contexts), "a block table is too short for the tokens"
+        step = Step(
+            num_tokens=num_tokens,
+            num_requests=len(requests),
+            num_logits=len(rows),
+            token_ids=token_ids.ctypes.data,
+            query_starts=query_starts.ctypes.data,
+            computed=computed.ctypes.data,
+            table_starts=table_starts.ctypes.data,
+            block_tables=block_tables.ctypes.data,
+            logits_rows=rows.ctypes.data,
+            logits=logits.data_ptr(),
+        )
+        self._check(self._library.octavo_decoder_forward(self._decoder, ctypes.byref(step)))
+        return logits
+
+    def _load_layer(self, source: WeightSource, layer: int) -> None:
+        spec = self._spec
+        hidden, middle = spec.hidden_size, spec.intermediate_size
+        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        matrices: dict[LayerRole, tuple[int, int]] = {
+            "q": (queries, hidden),
+            "k": (keys, hidden),
+            "v": (keys, hidden),
+            "o": (hidden, queries),
+            "gate": (middle, hidden),
+            "up": (middle, hidden),
+            "down": (hidden, middle),
+        }
+        for role, size in self._vector_sizes().items():
+            self._load_vector(source, role, size, layer)
+        for role, shape in matrices.items():
+            self._load_matrix(source, role, shape, layer)
+
+    def _vector_sizes(self) -> Mapping[LayerRole, int]:
+        """The norms and biases that a layer has."""
+        spec = self._spec
+        hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        sizes: dict[LayerRole, int] = {"attention_norm": hidden, "mlp_norm": hidden}
+        if spec.post_norms:
+            sizes |= {"attention_post_norm": hidden, "mlp_post_norm": hidden}
+        if spec.qk_norm:
+            sizes |= {"q_norm": spec.head_dim, "k_norm": spec.head_dim}
+        if spec.qkv_bias:
+            sizes |= {"q_bias": queries, "k_bias": keys, "v_bias": keys}
+        if spec.o_bias:
+            sizes["o_bias"] = hidden
+        return sizes
+
+    def _load_matrix(
+        self, source: WeightSource, role: ModelRole | LayerRole, shape: tuple[int, int], layer: int | None = None
+    ) -> None:
+        stored = source.matrix(role, shape, layer=layer)
+        quant_type, rows = self._rows(stored)
+        outputs, inputs = shape
+        self._check(
+            self._library.octavo_decoder_set_matrix(
+                self._decoder, layer or 0, Role[role.upper()], quant_type, outputs, inputs, rows.data_ptr()
+            )
+        )
+
+    def _rows(self, stored: StoredMatrix) -> tuple[QuantType, torch.Tensor]:
+        """The matrix in a type that the library takes: as stored if it multiplies that, otherwise dequantised."""
+        if self._compute == "int8" and stored.quant_type in NATIVE_TYPES:
+            return stored.quant_type, stored.packed
+        dtype = torch.float32 if self._compute == "float32" else torch.bfloat16
+        return _STORED[dtype], stored.dequantize(dtype, torch.device("cpu"))
+
+    def _load_vector(
+        self, source: WeightSource, role: ModelRole | LayerRole, size: int, layer: int | None = None
+    ) -> None:
+        numbers = source.vector(role, size, layer=layer)
+        self._check(
+            self._library.octavo_decoder_set_vector(
+                self._decoder, layer or 0, Vector[role.upper()], numbers.data_ptr(), size
+            )
+        )
+
+    @staticmethod
+    def _check(result: int) -> None:
+        if result != 0:
+            raise MemoryError("no memory for weights or activations")
+
+
+def _starts(lengths: list[int]) -> np.ndarray:
+    """Where each of several adjacent lists begins, and the end of the last: int32 [len(lengths) + 1]."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
+def _flat(lists: list[tuple[int, ...]], size: int) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=size)

@@ -1,0 +1,57 @@
+"""What computes the tokens of a StepPlan, and torch's way to do it. Called by runner.py.
+
+cpu/decoder.py is the other way. Neither knows of sampling or scheduling.
+
+Shapes: S rows to get logits for, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from octavo_engine.batch import build_step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from octavo_engine.attention.base import AttentionBackend
+    from octavo_engine.models.decoder import TorchDecoder
+    from octavo_engine.plan import StepPlan
+
+
+class Steps(Protocol):
+    """A loaded model with its KV cache, which the plans' block ids alone address."""
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy the KV of whole blocks in every layer: (source, destination) block ids."""
+        ...
+
+    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
+        """Compute every token of the plan.
+
+        Returns:
+            Logits [S, V], after the last token of each request with needs_token set, or after every token of the plan.
+        """
+        ...
+
+
+class TorchSteps:
+    """Steps in torch: a plan as tensors, through a model and the attention backend that it was built with."""
+
+    def __init__(
+        self, model: TorchDecoder, attention: AttentionBackend, *, block_size: int, device: torch.device
+    ) -> None:
+        self._model, self._attention, self._block_size, self._device = model, attention, block_size, device
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See Steps."""
+        self._attention.copy_blocks(copies)
+
+    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
+        """See Steps; the logits are in the compute dtype."""
+        step = build_step(plan, block_size=self._block_size, device=self._device)
+        self._attention.begin_step(step.attention)
+        rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.last_rows
+        return self._model.forward(step.input_ids, step.positions, rows)
