@@ -41,7 +41,8 @@ async def exchange(
 
 def asking(max_tokens: int = 7000, *, stream: bool) -> bytes:
     """The body of a request that runs for seconds."""
-    body = {"model": "tiny", "prompt": "Hi " * 20, "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
+    body = {"model": "tiny", "prompt": "Hi " * 20, "temperature": 0, "ignore_eos": True}
+    body |= {"max_tokens": max_tokens, "stream": stream}
     return json.dumps(body).encode()
 
 

@@ -53,26 +53,29 @@ class Users:
 
     async def _user(self) -> None:
         reader, writer = await asyncio.open_connection(self._host, self._port)
-        for number in self._numbers:
-            leaves, asks_wrongly = number % 50 == 0, number % 10 == 1
-            body = {
-                "model": "another" if asks_wrongly else "tiny",
-                "prompt": f"{number} is a number",
-                "max_tokens": 200 if leaves else 4,
-                "ignore_eos": True,
-                "stream": bool(number % 2),
-            }
-            content = json.dumps(body).encode()
-            head = "POST /v1/completions HTTP/1.1\r\nHost: octavo\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-            if leaves:
-                writer.transport.abort()
-                reader, writer = await asyncio.open_connection(self._host, self._port)
-                continue
-            status, told = await self._response(reader)
-            assert status == (404 if asks_wrongly else 200), told
-            assert ("error" in told) == asks_wrongly, told
-        writer.close()
+        try:
+            for number in self._numbers:
+                leaves, asks_wrongly = number % 50 == 0, number % 10 == 1
+                body = {
+                    "model": "another" if asks_wrongly else "tiny",
+                    "prompt": f"{number} is a number",
+                    "temperature": 0,
+                    "max_tokens": 200 if leaves else 4,
+                    "ignore_eos": True,
+                    "stream": bool(number % 2),
+                }
+                content = json.dumps(body).encode()
+                head = "POST /v1/completions HTTP/1.1\r\nHost: octavo\r\nContent-Type: application/json\r\n"
+                writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+                if leaves:
+                    writer.transport.abort()
+                    reader, writer = await asyncio.open_connection(self._host, self._port)
+                    continue
+                status, told = await self._response(reader)
+                assert status == (404 if asks_wrongly else 200), told
+                assert ("error" in told) == asks_wrongly, told
+        finally:
+            writer.close()
 
     async def _response(self, reader: asyncio.StreamReader) -> tuple[int, str]:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
