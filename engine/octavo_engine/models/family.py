@@ -239,6 +239,20 @@ def _checked(options: Options, spec: DecoderSpec, *, heads_key: str, head_dim_ke
     return spec
 
 
+# Files name one token only, often that which ends a document, where chats end their turns with another; llama.cpp finds
+# these by their text too.
+_ENDS_OF_TURN: Final = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<end_of_turn>",
+)
+
+
 def _gguf_eos_token_ids(header: GGUFHeader) -> frozenset[int]:
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    return frozenset(header.require(key, int) for key in keys if key in header.metadata)
+    named = frozenset(header.require(key, int) for key in keys if key in header.metadata)
+    tokens = enumerate(header.get("tokenizer.ggml.tokens", list, []))
+    return named | {token_id for token_id, token in tokens if token in _ENDS_OF_TURN}
