@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from octavo_engine.errors import Facts
-from octavo_engine.plan import SamplingParams
+from octavo_engine.plan import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -83,6 +83,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     finish_reason: FinishReason | None = None  # set on the last update
     error: str | None = None  # with finish_reason "error"
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache; the same in every update
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of token_ids, if the request asks for them
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,11 +7,12 @@ a test by hand and, later, be sent to other tensor-parallel ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+
+from octavo_engine.past import PastTokens
 
 if TYPE_CHECKING:
     from octavo_engine.messages import EngineFacts
@@ -26,9 +27,25 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this; 1: all
     top_k: int = 0  # keep this many most likely tokens; 0: all
     min_p: float = 0.0  # keep tokens at least this likely relative to the most likely; 0: all
+    repetition_penalty: float = 1.0  # logits of tokens in prompt or output: / it if positive, * it if negative; > 0
+    presence_penalty: float = 0.0  # off the logit of each token in the output
+    frequency_penalty: float = 0.0  # the same for each time that it is there
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    min_tokens: int = 0  # before so many tokens nothing is chosen that would end the request
+    num_logprobs: int | None = None  # tell the logprob of each token and of this many most likely; None: of none
     seed: int | None = None  # the draw depends on seed and position only; None: the engine's seed and the request id
     stop_token_ids: tuple[int, ...] = ()  # any of these ends the request with "stop", besides the model's own EOS
     ignore_eos: bool = False  # go on after EOS (benchmarks)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether earlier tokens make themselves less likely, or more."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the next token depends on earlier ones, besides through the model."""
+        return self.has_penalties or self.min_tokens > 0
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
@@ -45,8 +62,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     sampling: SamplingParams
     choice: int = 0  # which of the request's n answers this is; the first of them while they share one entry
     num_choices: int = 1  # with needs_token: draw the first tokens of `choice` .. `choice + num_choices - 1` at once
-    known_token_ids: Sequence[int] = ()  # prompt and output so far, for penalties: a view, good until the step is over
-    num_prompt_tokens: int = 0  # so many of known_token_ids are the prompt
+    past: PastTokens | None = None  # set if sampling.looks_back; by reference, so it is read before the step's update()
 
     @property
     def choices(self) -> range:
@@ -68,12 +84,20 @@ class StepPlan:
         return sum(len(request.token_ids) for request in self.requests)
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """How likely a token was to the model itself, before temperature, penalties and all other rules; natural logs."""
+
+    logprob: float  # of the token
+    top: tuple[tuple[int, float], ...]  # (token id, logprob) of the most likely, in order; as many as were asked for
+
+
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """What a step produced for one choice of a request with needs_token set: exactly one of the two fields is set."""
+    """What a step produced for one choice of a request with needs_token set: token_id or error is set, not both."""
 
     token_id: int | None = None
     error: str | None = None  # why this request alone fails (NaN logits); the others are not touched
+    logprobs: TokenLogprobs | None = None  # of token_id, if sampling.num_logprobs asks for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from octavo_engine.past import PastTokens
+
 if TYPE_CHECKING:
     from octavo_engine.messages import FinishReason
     from octavo_engine.plan import SamplingParams
@@ -50,10 +52,13 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # names of the first blocks in the prefix cache, so far
     num_offered_tokens: int = 0  # tokens in full blocks that were offered to the prefix cache since the last admission
     num_cached_tokens: int | None = None  # prompt tokens that it had when this was first admitted; None: not yet
+    past: PastTokens | None = field(init=False)  # what the sampler must know of token_ids, if anything
 
     def __post_init__(self) -> None:
         self.order = (self.priority, self.arrival, self.choice)
         self.token_ids = list(self.prompt_token_ids)
+        looks_back = self.sampling.looks_back
+        self.past = PastTokens(self.prompt_token_ids, tuple(self.stop_token_ids)) if looks_back else None
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +103,8 @@ class Request:
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token; return why the request ends with it, or None if it goes on."""
         self.token_ids.append(token_id)
+        if self.past is not None:
+            self.past.add(token_id)
         if token_id in self.stop_token_ids:
             return "stop"
         if len(self.token_ids) >= self.max_num_tokens:

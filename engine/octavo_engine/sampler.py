@@ -1,31 +1,42 @@
 """Choosing the next tokens of all requests of a step at once. Called by runner.py.
 
-It knows logits and sampling parameters, and nothing of models or requests' histories.
+It knows logits, sampling parameters and which tokens a request has had; nothing of models.
 
-Order of the rules: temperature, min-p, top-k, top-p (as vLLM has it); each works on what the one before left. A draw
-takes one uniform number from (seed, choice, position) and inverts the cumulative distribution with it. So a token
-depends on its own row of logits, its parameters, its seed, its choice (which of n answers) and its position, and on
-nothing else in the batch.
+Order of the rules (vLLM's): min_tokens and logit_bias, then penalties, on the logits; greedy rows take the highest. For
+the others temperature, min-p, top-k, top-p, each on what the one before left. Of equal tokens the lower id comes first.
+Logprobs are those of the model's own distribution, before any rule (vLLM's `raw_logprobs`, its default).
 
-Shapes: S rows, one for each token to choose; V vocabulary.
+A random number depends on seed, position and choice (which of n answers) only, never on the batch. With top-k a draw
+inverts the cumulative distribution over the k tokens. Without, it inverts that of the whole vocabulary, and where top-p
+excludes the token drawn, draws again from what comes before it: rejection needs no sort, and each round ends with the
+probability of the nucleus, top_p at least.
+
+A batch pays for the rules that its rows ask for, and only for these rows: greedy ones cost one pass over the logits.
+
+Shapes: S rows, one for each token to choose; R of them that a rule concerns; V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
-from octavo_engine.plan import RequestResult
+from octavo_engine import vocabulary
+from octavo_engine.plan import RequestResult, TokenLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from octavo_engine.past import PastTokens
     from octavo_engine.plan import SamplingParams, ScheduledRequest
 
-_UNIFORM_BITS = 52  # fewer than float64's 53, so that uniform * total never rounds up to total
+_UNIFORM_BITS: Final = 52  # fewer than float64's 53, so that uniform * total never rounds up to total
+_GREEDY_BELOW: Final = 1e-5  # temperatures; vLLM's bound
+_FEW: Final = 256  # more tokens than most ask top-k for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +44,18 @@ class Draw:
     """How the token of one row is chosen."""
 
     sampling: SamplingParams
-    uniform: float  # in [0, 1)
+    source: str  # what its random numbers are made from, besides the round
+    past: PastTokens | None = None  # set if sampling.looks_back
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.sampling.temperature < _GREEDY_BELOW
+
+    def uniform(self, attempt: int) -> float:
+        """Return the random number of one attempt, in [0, 1)."""
+        digest = hashlib.blake2b(f"{self.source}#{attempt}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest) >> (64 - _UNIFORM_BITS)) / 2**_UNIFORM_BITS
 
 
 def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Draw:
@@ -41,74 +63,207 @@ def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Dr
     sampling = request.sampling
     seed = str(sampling.seed) if sampling.seed is not None else f"{engine_seed}/{request.request_id}"
     position = request.num_computed_tokens + len(request.token_ids)
-    digest = hashlib.blake2b(f"{seed}#{choice}@{position}".encode(), digest_size=8).digest()
-    return Draw(sampling, (int.from_bytes(digest) >> (64 - _UNIFORM_BITS)) / 2**_UNIFORM_BITS)
+    return Draw(sampling, f"{seed}#{choice}@{position}", request.past)
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
     """Choose a token for each row.
 
     Args:
-        logits: [S, V], any floating dtype. -inf forbids a token; a row with NaN, +inf or nothing but -inf is an error.
+        logits: [S, V], any floating dtype; changed in place. -inf forbids a token; a row with NaN, +inf or nothing but
+            -inf is an error.
         draws: S of them.
 
     Returns:
         A token for each row, or its error.
     """
-    logits = logits.float()
-    highest, token_ids = logits.max(dim=-1)  # NaN counts as the highest
-    random_rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
-    if random_rows:
-        token_ids[random_rows] = _sample_random(
-            logits[random_rows] - highest[random_rows, None], [draws[row] for row in random_rows]
+    vocab_size = logits.shape[1]
+    logits = vocabulary.padded(logits.float())
+    asking = [row for row, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]
+    raw = logits[asking]
+    _apply_bias(logits, draws)
+    _apply_penalties(logits, draws)
+
+    block_highest = vocabulary.highest_of_blocks(logits)
+    is_finite = block_highest.amax(dim=1).isfinite().tolist()  # NaN counts as the highest
+    token_ids = vocabulary.argmax(logits, block_highest)
+    random = [row for row, draw in enumerate(draws) if is_finite[row] and not draw.is_greedy]
+    sorting = [row for row in random if 0 < draws[row].sampling.top_k < vocab_size]
+    few = [row for row in sorting if draws[row].sampling.top_k <= _FEW]  # which shall not pay for what sorts many
+    for rows in (few, sorted(set(sorting) - set(few))):
+        if rows:
+            token_ids[rows] = _draw_from_top(_rows(logits, rows), [draws[row] for row in rows])
+    if rows := sorted(set(random) - set(sorting)):
+        token_ids[rows] = _draw_from_all(_rows(logits, rows), [draws[row] for row in rows])
+
+    chosen = token_ids.tolist()
+    logprobs = dict(
+        zip(
+            asking,
+            _logprobs(raw, [(min(draws[row].sampling.num_logprobs or 0, vocab_size), chosen[row]) for row in asking]),
+            strict=True,
         )
+    )
     return [
-        RequestResult(token_id=token_id)
-        if is_finite
+        RequestResult(token_id=chosen[row], logprobs=logprobs.get(row))
+        if is_finite[row]
         else RequestResult(error="the model computed NaN or infinite logits")
-        for token_id, is_finite in zip(token_ids.tolist(), highest.isfinite().tolist(), strict=True)
+        for row in range(len(draws))
     ]
 
 
-def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Sample from float32 logits [S, V] whose highest is 0 in each row: int64 [S]. Rows of NaN give any token."""
-    device = logits.device
+def _apply_bias(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
+    """Forbid what would end a request too early, then add each request's own bias; in place."""
+    early = _Entries()
+    biased = _Entries()
+    for row, draw in enumerate(draws):
+        if draw.past is not None and draw.past.num_generated < draw.sampling.min_tokens:
+            early.add(row, draw.past.stop_token_ids)
+        if draw.sampling.logit_bias:
+            ids, values = zip(*draw.sampling.logit_bias, strict=True)
+            biased.add(row, ids, values)
+    if early.rows:
+        logits[early.index(logits)] = -torch.inf
+    if biased.rows:
+        index, (values,) = biased.index(logits), biased.columns(logits)
+        logits[index] += values
+
+
+def _apply_penalties(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
+    """Make less likely what was there before: repetition counts prompt and output, the others output only; in place."""
+    entries = _Entries()
+    for row, draw in enumerate(draws):
+        p = draw.sampling
+        if draw.past is None or not p.has_penalties:
+            continue
+        ids, counts = draw.past.as_arrays()
+        entries.add(
+            row,
+            ids,
+            np.full(len(ids), p.repetition_penalty),
+            counts * p.frequency_penalty + (counts > 0) * p.presence_penalty,
+        )
+    if entries.rows:
+        index, (factors, deductions) = entries.index(logits), entries.columns(logits)
+        values = logits[index]
+        logits[index] = torch.where(values > 0, values / factors, values * factors) - deductions
+
+
+class _Entries:
+    """Some entries of a matrix [S, V] with numbers for each; ids outside of the vocabulary are left out."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []  # that have entries
+        self._ids: list[np.ndarray] = []
+        self._columns: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, row: int, ids: Sequence[int] | np.ndarray, *columns: Sequence[float] | np.ndarray) -> None:
+        """Add entries of one row: their token ids and, for each, as many numbers as there are columns."""
+        self.rows.append(row)
+        self._ids.append(np.asarray(ids, dtype=np.int64))
+        self._columns.append(tuple(np.asarray(column, dtype=np.float32) for column in columns))
+
+    def index(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and ids of all entries."""
+        rows = np.repeat(self.rows, [len(ids) for ids in self._ids])
+        kept = self._kept(logits)
+        return (
+            torch.from_numpy(rows[kept]).to(logits.device),
+            torch.from_numpy(np.concatenate(self._ids)[kept]).to(logits.device),
+        )
+
+    def columns(self, logits: torch.Tensor) -> list[torch.Tensor]:
+        """Return each column over all entries, in the order of `index`."""
+        kept = self._kept(logits)
+        return [
+            torch.from_numpy(np.concatenate(column)[kept]).to(logits.device)
+            for column in zip(*self._columns, strict=True)
+        ]
+
+    def _kept(self, logits: torch.Tensor) -> np.ndarray:
+        ids = np.concatenate(self._ids)
+        kept: np.ndarray = (ids >= 0) & (ids < logits.shape[1])
+        return kept
+
+
+def _draw_from_top(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Draw where top-k leaves few tokens: int64 [R]. They are sorted, so that all other rules keep a beginning."""
     params = [draw.sampling for draw in draws]
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-    # A temperature too small for float32 means what it tends to: the most likely token.
-    temperatures = column([p.temperature for p in params]).clamp_(min=torch.finfo(torch.float32).tiny)
-    probs = logits.div_(temperatures).exp_()
-    if any(p.min_p > 0 for p in params):
-        probs.masked_fill_(probs < column([p.min_p for p in params]), 0.0)  # the highest is exp(0) = 1 here
-    for row, p in enumerate(params):
-        if p.top_k > 0 or p.top_p < 1:
-            _truncate(probs[row], p)
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    uniforms = torch.tensor([draw.uniform for draw in draws], dtype=torch.float64, device=device)[:, None]
-    chosen = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(-1)
-    return chosen.clamp_(max=logits.shape[1] - 1)
+    values, ids = vocabulary.top(logits, max(p.top_k for p in params))  # [R, K]
+    values = values.double() * _inverse_temperatures(draws, values.device, torch.float64)
+    top_ks = _column([p.top_k for p in params], values.device)
+    values.masked_fill_(torch.arange(values.shape[1], device=values.device) >= top_ks, -torch.inf)
+    probs = torch.softmax(values, dim=1)
+    probs.masked_fill_(probs < probs[:, :1] * _column([p.min_p for p in params], values.device), 0.0)
+    ends = probs.cumsum(dim=1)
+    limits = ends[:, -1:] * _column([p.top_p for p in params], values.device)
+    num_kept = ((ends - probs < limits) & (probs > 0)).sum(dim=1, keepdim=True)  # 1 at least: top_p > 0
+    wanted = _uniforms(draws, 0, values.device)[:, None] * ends.gather(1, num_kept - 1)
+    places = torch.searchsorted(ends, wanted, right=True).minimum(num_kept - 1)
+    return ids.gather(1, places).squeeze(1)
 
 
-def _truncate(probs: torch.Tensor, sampling: SamplingParams) -> None:
-    """Zero in place what top-k and top-p exclude, in one row of unnormalised probabilities, float32 [V].
+def _draw_from_all(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Draw without top-k: int64 [R]."""
+    params = [draw.sampling for draw in draws]
+    device = logits.device
+    probs = torch.softmax(logits * _inverse_temperatures(draws, device, torch.float32), dim=1)
+    if rows := [row for row, p in enumerate(params) if p.min_p > 0]:
+        some = _rows(probs, rows)
+        limits = some.amax(dim=1, keepdim=True) * _column([params[row].min_p for row in rows], device, torch.float32)
+        probs[rows] = some * (some >= limits)
+    chosen = vocabulary.invert(probs, _uniforms(draws, 0, device))
 
-    Of equally likely tokens the lower ids stay. Only tokens above a floor that surely excludes the others are sorted.
-    """
-    if 0 < sampling.top_k < len(probs):
-        floor = probs.topk(sampling.top_k).values[-1]
-    else:
-        # Were a token below this floor in the nucleus, the at most V tokens no likelier than it would weigh
-        # less than 1 - top_p, and so those before it would reach top_p without it.
-        floor = probs.sum(dtype=torch.float64) * ((1 - sampling.top_p) / len(probs))
-    candidates = (probs >= floor).nonzero().squeeze(-1)
-    ordered, order = probs[candidates].sort(descending=True, stable=True)
-    ordered = ordered[: sampling.top_k or None]
-    if sampling.top_p < 1:
-        total = ordered.sum(dtype=torch.float64) if sampling.top_k else probs.sum(dtype=torch.float64)
-        before = ordered.cumsum(dim=0, dtype=torch.float64) - ordered
-        ordered = ordered[: max(1, int((before < sampling.top_p * total).sum()))]
-    probs.zero_()
-    probs[candidates[order[: len(ordered)]]] = ordered
+    waiting = [row for row, p in enumerate(params) if p.top_p < 1]  # whose token may not be in the nucleus
+    weights = _rows(probs, waiting)  # of the tokens that come before all those that were refused
+    limits = vocabulary.total(weights) * _column([params[row].top_p for row in waiting], device)[:, 0]
+    attempt = 0
+    while waiting:
+        tokens = chosen[waiting]
+        own = weights.gather(1, tokens[:, None]).squeeze(1)
+        doubtful = (vocabulary.total_from(weights, tokens) - own >= limits).nonzero().squeeze(1)
+        before = vocabulary.those_before(_rows(weights, doubtful), tokens[doubtful])
+        is_refused = vocabulary.total(before) >= limits[doubtful]
+        refused = doubtful[is_refused]
+        waiting = [waiting[place] for place in refused.tolist()]
+        weights, limits = before[is_refused], limits[refused]
+        attempt += 1
+        if waiting:
+            chosen[waiting] = vocabulary.invert(weights, _uniforms([draws[row] for row in waiting], attempt, device))
+    return chosen
+
+
+def _logprobs(raw: torch.Tensor, asked: Sequence[tuple[int, int]]) -> list[TokenLogprobs]:
+    """Return logprobs from logits before any rule, [R, V]; for each row (how many of the most likely, token chosen)."""
+    if not asked:
+        return []
+    nums, chosen = zip(*asked, strict=True)
+    log_totals = raw.logsumexp(dim=1, keepdim=True)
+    own = (raw.gather(1, torch.tensor(chosen, device=raw.device)[:, None]) - log_totals).squeeze(1).tolist()
+    if not any(nums):
+        return [TokenLogprobs(logprob, ()) for logprob in own]
+    values, ids = vocabulary.top(raw, max(nums))
+    tops = zip(ids.tolist(), (values - log_totals).tolist(), strict=True)
+    return [
+        TokenLogprobs(logprob, tuple(zip(top_ids[:num], top_values[:num], strict=True)))
+        for logprob, num, (top_ids, top_values) in zip(own, nums, tops, strict=True)
+    ]
+
+
+def _rows(values: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """Return these rows, which are in order: no copy if they are all."""
+    return values if len(rows) == len(values) else values[rows]
+
+
+def _inverse_temperatures(draws: Sequence[Draw], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return [R, 1]. Never 0, as -inf times 0 is no number: a temperature that high only tends to the uniform."""
+    inverses = _column([1 / draw.sampling.temperature for draw in draws], device, dtype)
+    return inverses.clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def _uniforms(draws: Sequence[Draw], attempt: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([draw.uniform(attempt) for draw in draws], dtype=torch.float64, device=device)
+
+
+def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]

@@ -345,6 +345,7 @@ class Scheduler:
             finish_reason=finish_reason,
             error=row.error,
             num_cached_tokens=request.num_cached_tokens or 0,
+            logprobs=() if row.logprobs is None else (row.logprobs,),
         )
 
     def _offer_blocks(self, request: Request, *, owner: bytes = b"") -> None:
@@ -398,6 +399,5 @@ def _share(request: Request, token_ids: tuple[int, ...], needs_token: bool) -> S
         request.sampling,
         request.choice,
         request.num_choices,
-        request.token_ids,
-        len(request.prompt_token_ids),
+        request.past,
     )
