@@ -11,7 +11,6 @@ import logging
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from octavo_engine import liveness
@@ -22,10 +21,10 @@ from octavo_engine.messages import (
     EngineFacts,
     Loading,
     Refused,
-    RequestUpdate,
     Shutdown,
     StepOutputs,
 )
+from octavo_engine.stream import Answered, UpdateStream
 from octavo_engine.transport import ClientChannel
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from octavo_engine.config import EngineConfig
-    from octavo_engine.messages import FinishReason, SchedulerStats, ToEngine
+    from octavo_engine.messages import RequestUpdate, SchedulerStats, ToEngine
     from octavo_engine.plan import SamplingParams
 
     Spawn = Callable[[EngineConfig], tuple["EngineProcess", socket.socket]]  # transport.spawn, or a fake in tests
@@ -55,18 +54,6 @@ class EngineProcess(Protocol):
         """End it now."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """Where the time of a request went, in seconds, and what it was for."""
-
-    queue_seconds: float  # from being sent to the engine to its first step
-    prefill_seconds: float  # from there to its first tokens
-    decode_seconds: float  # from there to its last ones
-    num_prompt_tokens: int
-    num_tokens: int  # generated
-    max_tokens: int  # asked for
-
-
 class EngineObserver(Protocol):
     """Who wants to know what the engine does (metrics.py). Called in the order of the engine's messages."""
 
@@ -81,63 +68,6 @@ class EngineObserver(Protocol):
 
     def on_step(self, stats: SchedulerStats, *, num_tokens: int) -> None:
         """A step that computed so many tokens ended, or an idle moment (0)."""
-
-
-class _Stream:
-    """The updates of one request that its reader has not taken yet, merged into one."""
-
-    def __init__(self, request: AddRequest, now: float) -> None:
-        self.request = request
-        self._sent = now  # monotonic seconds, as the following
-        self._first_update = now
-        self.last_update = now  # at first, when the request was sent
-        self.begun: float | None = None  # when its first step began
-        self.num_tokens = 0
-        self._tokens: list[int] = []
-        self._finish_reason: FinishReason | None = None
-        self._error: str | None = None
-        self._failure: str | None = None  # how the engine process ended
-        self._news = asyncio.Event()
-
-    def put(self, update: RequestUpdate, now: float) -> None:
-        self._tokens += update.token_ids
-        self._finish_reason = update.finish_reason
-        self._error = update.error
-        if not self.num_tokens:
-            self._first_update = now
-        self.num_tokens += len(update.token_ids)
-        self.last_update = now
-        self._news.set()
-
-    def answered(self) -> Answered | None:
-        """Where its time went, if it got any tokens."""
-        if self.begun is None or not self.num_tokens:
-            return None
-        return Answered(
-            queue_seconds=max(0.0, self.begun - self._sent),
-            prefill_seconds=self._first_update - self.begun,
-            decode_seconds=self.last_update - self._first_update,
-            num_prompt_tokens=len(self.request.prompt_token_ids),
-            num_tokens=self.num_tokens,
-            max_tokens=self.request.sampling.max_tokens,
-        )
-
-    def fail(self, reason: str) -> None:
-        self._failure = reason
-        self._news.set()
-
-    async def take(self) -> RequestUpdate:
-        await self._news.wait()
-        self._news.clear()
-        if self._failure is not None and self._finish_reason is None:
-            raise EngineDead(self._failure)
-        tokens, self._tokens = tuple(self._tokens), []
-        return RequestUpdate(
-            request_id=self.request.request_id,
-            token_ids=tokens,
-            finish_reason=self._finish_reason,
-            error=self._error,
-        )
 
 
 class EngineClient:
@@ -161,7 +91,7 @@ class EngineClient:
         self._process = process
         self._channel = channel
         self._observer = observer
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, UpdateStream] = {}
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._last_message = time.monotonic()
         self._progress: liveness.Progress | None = None  # set once the engine is ready
@@ -207,9 +137,9 @@ class EngineClient:
         return problem
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
+        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, num_choices: int = 1
     ) -> AsyncGenerator[RequestUpdate, None]:
-        """Run a request; yield its new tokens as they come, the last time with `finish_reason`.
+        """Run a request; yield its new tokens as they come, of each choice the last time with `finish_reason`.
 
         A reader slower than the engine gets several steps' tokens at once. Leaving early, by aclose() or by being
         cancelled, aborts the request.
@@ -219,21 +149,29 @@ class EngineClient:
         """
         if self._death.done():
             raise EngineDead(self._death.result())
-        request = AddRequest(request_id=request_id, prompt_token_ids=tuple(prompt_token_ids), sampling=sampling)
-        stream = self._streams[request_id] = _Stream(request, time.monotonic())
+        request = AddRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            sampling=sampling,
+            num_choices=num_choices,
+        )
+        stream = self._streams[request_id] = UpdateStream(request, time.monotonic())
         self._outbox.put_nowait(request)
-        finished = False
         try:
-            while not finished:
-                update = await stream.take()
-                finished = update.finish_reason is not None
-                yield update
+            while not stream.is_finished:
+                for update in await stream.take():
+                    yield update
         finally:
             del self._streams[request_id]
             if self._observer is not None and (answered := stream.answered()) is not None:
                 self._observer.on_answered(answered)
-            if not finished:
+            if not stream.is_finished:
                 self._outbox.put_nowait(AbortRequest(request_id=request_id))
+
+    def stop_choice(self, request_id: str, choice: int) -> None:
+        """End one choice of a request that `generate` runs; there will be no more updates of it."""
+        self._streams[request_id].drop(choice)
+        self._outbox.put_nowait(AbortRequest(request_id=request_id, choice=choice))
 
     async def close(self) -> None:
         """End the engine process; what still runs there is dropped and told so."""
@@ -304,15 +242,19 @@ class EngineClient:
         if self._observer is not None:
             self._observer.on_step(message.stats, num_tokens=message.num_tokens)
 
-    def _observe(self, stream: _Stream, update: RequestUpdate) -> None:
+    def _observe(self, stream: UpdateStream, update: RequestUpdate) -> None:
         if self._observer is None or not update.token_ids:
             return
-        seconds, num_tokens = self._last_message - stream.last_update, len(update.token_ids)
-        if stream.num_tokens == 0:
-            num_prompt_tokens = len(stream.request.prompt_token_ids)
-            self._observer.on_first_tokens(seconds=seconds, num_prompt_tokens=num_prompt_tokens, num_tokens=num_tokens)
+        now, num_tokens = self._last_message, len(update.token_ids)
+        before = stream.last_tokens.get(update.choice)
+        if before is None:
+            # The prompt counts once, however many choices it has.
+            num_prompt_tokens = 0 if stream.last_tokens else len(stream.request.prompt_token_ids)
+            self._observer.on_first_tokens(
+                seconds=now - stream.sent, num_prompt_tokens=num_prompt_tokens, num_tokens=num_tokens
+            )
         else:
-            self._observer.on_next_tokens(seconds=seconds, num_tokens=num_tokens)
+            self._observer.on_next_tokens(seconds=now - before, num_tokens=num_tokens)
 
     async def _on_end(self) -> None:
         try:

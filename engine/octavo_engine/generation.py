@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
+from octavo_engine.answer import Answer
 from octavo_engine.errors import GenerationFailed, RequestInvalid
-from octavo_engine.text.detokenizer import Detokenizer
 from octavo_engine.text.load import load_tokenizer
 from octavo_engine.text.template import ChatTemplate, Message
 from octavo_engine.text.tokenizer import Segment
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
+    from octavo_engine.answer import TextDelta
     from octavo_engine.client import EngineClient
     from octavo_engine.messages import EngineFacts
     from octavo_engine.plan import SamplingParams
@@ -35,16 +36,9 @@ class GenerationRequest:
     request_id: str
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams
-    stop: Sequence[str] = ()  # strings that end the text and are not part of it
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """The next piece of the answer; its text may be empty."""
-
-    text: str
-    num_tokens: int  # generated so far, those without text (EOS, a stop string) included
-    finish_reason: Literal["stop", "length"] | None = None  # set on the last piece
+    stop: Sequence[str] = ()  # strings that end the text, from sampling.min_tokens tokens on
+    include_stop: bool = False  # what ended the text (stop string or stop token) is part of it
+    num_choices: int = 1  # answers to generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,31 +133,41 @@ class LanguageModel:
         return max_tokens
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
-        """Yield the answer piece by piece. Leaving early aborts the request.
+        """Yield the answers piece by piece, as they come. Leaving early aborts the request.
 
         Raises:
             GenerationFailed: the engine gave up on this request.
             EngineDead: the engine process ended.
         """
-        tokenizer = self._tokenizer
-        detokenizer = Detokenizer(tokenizer.token_bytes, tokenizer.control_ids, request.stop)
-        num_tokens = 0
-        updates = self._client.generate(request.request_id, request.prompt_token_ids, request.sampling)
+        answers = [
+            Answer(
+                self._tokenizer,
+                choice,
+                stop=request.stop,
+                include_stop=request.include_stop,
+                min_tokens=request.sampling.min_tokens,
+            )
+            for choice in range(request.num_choices)
+        ]
+        num_living = len(answers)
+        updates = self._client.generate(
+            request.request_id, request.prompt_token_ids, request.sampling, request.num_choices
+        )
         async with contextlib.aclosing(updates):
             async for update in updates:
-                num_tokens += len(update.token_ids)
-                match update.finish_reason:
-                    case "error" | "abort":
-                        raise GenerationFailed(update.error or "the engine aborted the request")
-                    case "stop" | "length" | None as reason:
-                        # The token that ended the request is no part of the text.
-                        text = detokenizer.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
-                if reason is not None:
-                    text += detokenizer.finish()
-                if detokenizer.stopped:
-                    yield TextDelta(text, num_tokens, "stop")
+                answer = answers[update.choice]
+                if answer.has_ended:  # by a stop string, of which the engine had not heard yet
+                    continue
+                if update.finish_reason in {"error", "abort"}:
+                    raise GenerationFailed(update.error or "the engine aborted the request")
+                delta = answer.take(update)
+                if delta.finish_reason is not None:
+                    num_living -= 1
+                    if update.finish_reason is None and num_living:
+                        self._client.stop_choice(request.request_id, update.choice)
+                yield delta
+                if not num_living:
                     return
-                yield TextDelta(text, num_tokens, reason)
 
     async def _encode(self, segments: Sequence[Segment], param: str) -> list[int]:
         num_characters = sum(len(segment.text) for segment in segments)

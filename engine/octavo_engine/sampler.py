@@ -55,7 +55,7 @@ class Draw:
     def uniform(self, attempt: int) -> float:
         """Return the random number of one attempt, in [0, 1)."""
         digest = hashlib.blake2b(f"{self.source}#{attempt}".encode(), digest_size=8).digest()
-        return (int.from_bytes(digest) >> (64 - _UNIFORM_BITS)) / 2**_UNIFORM_BITS
+        return (int.from_bytes(digest) >> (64 - _UNIFORM_BITS)) / float(1 << _UNIFORM_BITS)
 
 
 def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Draw:
@@ -120,13 +120,12 @@ def _apply_bias(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
         if draw.past is not None and draw.past.num_generated < draw.sampling.min_tokens:
             early.add(row, draw.past.stop_token_ids)
         if draw.sampling.logit_bias:
-            ids, values = zip(*draw.sampling.logit_bias, strict=True)
-            biased.add(row, ids, values)
+            biased.add(row, *zip(*draw.sampling.logit_bias, strict=True))
     if early.rows:
         logits[early.index(logits)] = -torch.inf
     if biased.rows:
-        index, (values,) = biased.index(logits), biased.columns(logits)
-        logits[index] += values
+        (values,) = biased.columns(logits)
+        logits[biased.index(logits)] += values
 
 
 def _apply_penalties(logits: torch.Tensor, draws: Sequence[Draw]) -> None:

@@ -49,7 +49,7 @@ def top(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     sqrt(V / k) tokens there are as many blocks as there are tokens in k of them.
     """
     block = min(BLOCK, 1 << (math.isqrt(values.shape[1] // k).bit_length() - 1))
-    blocks = values.unflatten(1, (-1, block))
+    blocks = values.view(len(values), -1, block)
     if block == 1:
         places = _order(values, k)
         return values.gather(1, places), places
@@ -105,13 +105,13 @@ def those_before(weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(values: torch.Tensor) -> torch.Tensor:
-    return values.unflatten(1, (-1, BLOCK))
+    return values.view(len(values), -1, BLOCK)
 
 
 def _take(blocks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return from each row of [R, N, B] the blocks of its index [R] or [R, K]: [R, B] or [R, K, B]."""
     rows = torch.arange(len(blocks), device=blocks.device)
-    return blocks[rows.unflatten(0, (-1,) + (1,) * (index.ndim - 1)), index]
+    return blocks[rows if index.ndim == 1 else rows[:, None], index]
 
 
 def _first_highest(values: torch.Tensor) -> torch.Tensor:

@@ -262,3 +262,8 @@ def test_random_numbers_over_positions_are_uniform(attempt: int) -> None:
     assert uniforms != [draw.uniform(1 - attempt) for draw in draws]
     shares = Counter(int(uniform * 10) for uniform in uniforms)
     assert all(abs(shares[tenth] / 4000 - 0.1) < 0.025 for tenth in range(10))  # five standard deviations
+
+
+def test_each_choice_of_a_request_draws_for_itself() -> None:
+    assert draw_for(request("a", seed=7), 0, choice=1) == draw_for(request("b", seed=7), 0, choice=1)
+    assert len({draw_for(request("a", seed=7), 0, choice=choice).source for choice in range(3)}) == 3

@@ -15,8 +15,8 @@ from octavo_engine.errors import RejectionReason
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from octavo_engine.client import Answered
     from octavo_engine.messages import EngineFacts, SchedulerStats
+    from octavo_engine.stream import Answered
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
 _FINISHED_REASONS: Final[tuple[FinishedReason, ...]] = ("stop", "length", "abort", "error")

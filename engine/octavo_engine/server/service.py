@@ -25,10 +25,11 @@ from octavo_engine.store.pull import pull
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
+    from octavo_engine.answer import TextDelta
     from octavo_engine.client import Spawn
     from octavo_engine.config import ServerConfig
     from octavo_engine.errors import RejectionReason
-    from octavo_engine.generation import GenerationRequest, TextDelta
+    from octavo_engine.generation import GenerationRequest
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
 
@@ -200,13 +201,17 @@ class Service:
     async def generate(self, model: LanguageModel, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
         """As LanguageModel.generate, counted and logged."""
         clock = asyncio.get_running_loop().time
-        started, num_tokens = clock(), 0
+        started = clock()
+        num_tokens = dict.fromkeys(range(request.num_choices), 0)
+        num_living = request.num_choices
         reason: FinishedReason = "abort"
         try:
             async with contextlib.aclosing(model.generate(request)) as deltas:
                 async for delta in deltas:
-                    num_tokens = delta.num_tokens
-                    reason = delta.finish_reason or reason
+                    num_tokens[delta.choice] = delta.num_tokens
+                    if delta.finish_reason is not None:
+                        num_living -= 1
+                        reason = reason if num_living else delta.finish_reason
                     yield delta
         except (GenerationFailed, EngineDead):
             reason = "error"
@@ -220,7 +225,7 @@ class Service:
                 reason,
                 seconds,
                 len(request.prompt_token_ids),
-                num_tokens,
+                sum(num_tokens.values()),
             )
 
     async def drain(self) -> None:

@@ -20,7 +20,7 @@ from octavo_engine import core
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.errors import ModelUnsupported
 from octavo_engine.messages import EngineFacts
-from octavo_engine.plan import LoadedModel, RequestResult, StepPlan, StepResult
+from octavo_engine.plan import LoadedModel, RequestResult, StepPlan, StepResult, TokenLogprobs
 from octavo_engine.server.app import create_app
 from octavo_engine.server.run import run_service
 from octavo_engine.server.service import Service
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from octavo_engine.core import OnProgress
+    from octavo_engine.plan import SamplingParams
 
     Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
@@ -54,11 +55,20 @@ def tokens_of(text: str | bytes) -> list[int]:
     return [FIRST_BYTE + byte for byte in data]
 
 
+def logprobs_of(token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
+    """What the fake says of each token: its logprob is -0.5, and those of the next ids are -1, -2 and so on."""
+    if num_logprobs is None:
+        return None
+    return TokenLogprobs(-0.5, tuple((token_id + place, -place or -0.5) for place in range(num_logprobs)))
+
+
 class FakeEngine:
     """Engine processes that are threads. Attributes may be set at any time.
 
     Attributes:
         answer: the text that every request gets, after which comes EOS.
+        answers: where one is given for a choice, it gets this instead.
+        sampling: of the last request.
         refusal: refuse to start with this message.
         failing: requests whose prompt holds this text fail, alone.
         loaded: the model is loaded once this is set.
@@ -68,6 +78,8 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.answer: str | bytes = "The answer is 42."
+        self.answers: dict[int, str | bytes] = {}
+        self.sampling: SamplingParams | None = None
         self.refusal: str | None = None
         self.failing: str | None = None
         self.loaded = threading.Event()
@@ -127,10 +139,14 @@ class FakeRunner:
             if failing is not None and bytes(max(0, i - FIRST_BYTE) for i in prompt).find(failing.encode()) >= 0:
                 results += [RequestResult(error="not a number") for _ in request.choices]
                 continue
+            self._engine.sampling = request.sampling
             for choice in request.choices:
                 key = (request.request_id, choice)
-                answer = self._answers.setdefault(key, iter(tokens_of(self._engine.answer)))
-                results.append(RequestResult(token_id=next(answer, EOS)))
+                text = self._engine.answers.get(choice, self._engine.answer)
+                token_id = next(self._answers.setdefault(key, iter(tokens_of(text))), EOS)
+                results.append(
+                    RequestResult(token_id=token_id, logprobs=logprobs_of(token_id, request.sampling.num_logprobs))
+                )
         return StepResult(plan.step, tuple(results))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from octavo_engine.client import Answered, EngineClient
+from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDead, EngineRefused
 from octavo_engine.plan import SamplingParams
 from octavo_engine.transport import ClientChannel
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from octavo_engine.config import ServerConfig
     from octavo_engine.messages import SchedulerStats
+    from octavo_engine.stream import Answered
 
 PROMPT = [3 + byte for byte in b"Hi"]
 SAMPLING = SamplingParams(max_tokens=100)

@@ -1,6 +1,7 @@
 """The bodies of OpenAI's requests. Every field works, is accepted where it asks for nothing, or is refused by name.
 
-Field names and meanings: OpenAI's API reference; top_k, min_p, stop_token_ids and ignore_eos are vLLM's.
+Field names and meanings: OpenAI's API reference; top_k, min_p, repetition_penalty, min_tokens, stop_token_ids,
+include_stop_str_in_output and ignore_eos are vLLM's.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,10 @@ from octavo_engine.plan import SamplingParams
 _COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's and vLLM's default for /v1/completions
 
 _MAX_STOP_STRINGS: Final = 4  # OpenAI's limit
+_MAX_STOP_TOKENS: Final = 256
+_MAX_CHOICES: Final = 128  # OpenAI's limit
+_MAX_BIASED_TOKENS: Final = 1024
+_MAX_TOP_LOGPROBS: Final = 20  # OpenAI's limit for chats; vLLM's for both
 
 
 def _only(*values: object) -> Callable[[object], bool]:
@@ -32,22 +37,15 @@ NEUTRAL_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
     "audio": _only(),
     "best_of": _only(1),
     "echo": _only(False),
-    "frequency_penalty": _only(0),
     "function_call": _only("none", "auto"),
     "functions": _only([]),
-    "logit_bias": _only({}),
-    "logprobs": _only(False),
     "metadata": _any(dict),
-    "min_tokens": _only(0),
     "modalities": _only(["text"]),
-    "n": _only(1),
     "parallel_tool_calls": _any(bool),
     "prediction": _only(),
-    "presence_penalty": _only(0),
     "prompt_cache_key": _any(str),
     "prompt_cache_retention": _any(str),
     "reasoning_effort": _only("none"),
-    "repetition_penalty": _only(1),
     "response_format": _only({"type": "text"}),
     "safety_identifier": _any(str),
     "service_tier": _only("auto", "default"),
@@ -56,7 +54,6 @@ NEUTRAL_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
     "suffix": _only(""),
     "tool_choice": _only("none", "auto"),
     "tools": _only([]),
-    "top_logprobs": _only(0),
     "user": _any(str),
     "verbosity": _only("medium"),
     "web_search_options": _only(),
@@ -142,6 +139,16 @@ def _as_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _token_id(key: object) -> object:
+    """JSON's keys are strings, so a token id comes as its digits."""
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20:
+        return int(key)
+    raise RequestInvalid(f"the key {str(key)[:20]!r} is not a token id")
+
+
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
 class _GenerationBody(_Strict):
     """What both endpoints have in common."""
 
@@ -153,12 +160,25 @@ class _GenerationBody(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[int, BeforeValidator(_token_id)], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=_MAX_BIASED_TOKENS),
+        ]
+        | None
+    ) = None
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         Annotated[list[Annotated[_Text, Field(min_length=1)]], Field(max_length=_MAX_STOP_STRINGS)] | None,
         BeforeValidator(_as_list),
     ] = None
-    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
 
     @model_validator(mode="before")
@@ -177,14 +197,31 @@ class _GenerationBody(_Strict):
         """Whether the stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens to tell with the logprob of each token; None: no logprobs at all."""
+        raise NotImplementedError
+
     def sampling(self, max_tokens: int) -> SamplingParams:
         """Return how the engine chooses tokens."""
+        if (self.min_tokens or 0) > max_tokens:
+            raise RequestInvalid(
+                f"min_tokens asks for {str(self.min_tokens)[:20]} tokens and at most {max_tokens} are generated; "
+                "lower min_tokens or raise the other",
+                param="min_tokens",
+            )
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k or 0, 0),
             min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens or 0,
+            num_logprobs=self.num_logprobs,
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
@@ -196,6 +233,19 @@ class ChatCompletionRequest(_GenerationBody):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestInvalid("top_logprobs needs logprobs: true", param="top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As _GenerationBody says."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> Self:
@@ -228,3 +278,9 @@ class CompletionRequest(_GenerationBody):
 
     prompt: Annotated[Any, AfterValidator(_is_prompt), BeforeValidator(_only_prompt)]
     max_tokens: Annotated[int, Field(ge=1)] | None = _COMPLETION_MAX_TOKENS
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As _GenerationBody says."""
+        return self.logprobs

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from octavo_engine.answer import TextLogprobs, TokenText
+
+_LOWEST_LOGPROB: Final = -9999.0  # OpenAI's way to write what JSON cannot: minus infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,31 +18,43 @@ class Usage:
     """How many tokens a request took."""
 
     num_prompt_tokens: int
-    num_completion_tokens: int
+    num_completion_tokens: int  # of all choices
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         """As OpenAI writes it."""
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: Sequence[TextLogprobs] | None = None  # None: they were not asked for
+    finish_reason: str | None = None  # None: it goes on
 
 
 class Reply(Protocol):
     """What the routes need of an endpoint's format."""
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        """The answer in one piece."""
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """The answers in one piece."""
 
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks before the first text."""
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """The chunks before the first text of a choice."""
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, choice: Choice) -> dict[str, Any]:
         """A chunk of text."""
 
-    def closing(self, finish_reason: str) -> dict[str, Any]:
-        """The chunk after the last text."""
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """The chunk after the last text of a choice."""
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The chunk that stream_options.include_usage asks for."""
@@ -48,31 +67,43 @@ class ChatReply:
         self._head = {"id": request_id, "object": "chat.completion", "created": created, "model": model}
         self._chunk_head = self._head | {"object": "chat.completion.chunk"}
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        """The answer in one piece."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return self._head | {"choices": [choice], "usage": usage.body()}
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """The answers in one piece."""
+        bodies = [
+            {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": _chat_logprobs(choice.logprobs),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in choices
+        ]
+        return self._head | {"choices": bodies, "usage": usage.body()}
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[dict[str, Any]]:
         """The role, without text."""
-        return [self._chunk({"role": "assistant", "content": ""}, None)]
+        return [self._chunk(Choice(index, ""), {"role": "assistant", "content": ""})]
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, choice: Choice) -> dict[str, Any]:
         """A chunk of text."""
-        return self._chunk({"content": text}, None)
+        return self._chunk(choice, {"content": choice.text})
 
-    def closing(self, finish_reason: str) -> dict[str, Any]:
-        """The chunk after the last text."""
-        return self._chunk({}, finish_reason)
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """The chunk after the last text of a choice."""
+        return self._chunk(choice, {})
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """A chunk without choices."""
         return self._chunk_head | {"choices": [], "usage": usage.body()}
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._chunk_head | {"choices": [choice]}
+    def _chunk(self, choice: Choice, delta: dict[str, str]) -> dict[str, Any]:
+        body = {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": _chat_logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+        return self._chunk_head | {"choices": [body]}
 
 
 class CompletionReply:
@@ -81,26 +112,70 @@ class CompletionReply:
     def __init__(self, request_id: str, created: int, model: str) -> None:
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        """The answer in one piece."""
-        return self._body(text, finish_reason) | {"usage": usage.body()}
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """The answers in one piece."""
+        return self._head | {"choices": [self._choice(choice) for choice in choices], "usage": usage.body()}
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002 - as Reply has it
         """Nothing comes before the text."""
         return []
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, choice: Choice) -> dict[str, Any]:
         """A chunk of text."""
-        return self._body(text, None)
+        return self._head | {"choices": [self._choice(choice)]}
 
-    def closing(self, finish_reason: str) -> dict[str, Any]:
-        """The chunk after the last text."""
-        return self._body("", finish_reason)
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """The chunk after the last text of a choice."""
+        return self._head | {"choices": [self._choice(choice)]}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """A chunk without choices."""
         return self._head | {"choices": [], "usage": usage.body()}
 
-    def _body(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        return self._head | {"choices": [choice]}
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": _completion_logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+
+def _chat_logprobs(logprobs: Sequence[TextLogprobs] | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    content = [
+        _chat_token(entry.token) | {"top_logprobs": [_chat_token(token) for token in entry.top]} for entry in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(token: TokenText) -> dict[str, Any]:
+    return {
+        "token": token.text.decode(errors="replace"),
+        "logprob": max(token.logprob, _LOWEST_LOGPROB),
+        "bytes": list(token.text),
+    }
+
+
+def _completion_logprobs(logprobs: Sequence[TextLogprobs] | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    return {
+        "tokens": [_name(entry.token) for entry in logprobs],
+        "token_logprobs": [max(entry.token.logprob, _LOWEST_LOGPROB) for entry in logprobs],
+        # The token itself is there too, whether it is among the most likely or not.
+        "top_logprobs": [
+            {_name(token): max(token.logprob, _LOWEST_LOGPROB) for token in (*entry.top, entry.token)}
+            for entry in logprobs
+        ],
+        "text_offset": [entry.offset for entry in logprobs],
+    }
+
+
+def _name(token: TokenText) -> str:
+    """A token as a key: half a character by its bytes, as OpenAI writes them, so that no two are the same."""
+    try:
+        return token.text.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.text)

@@ -12,12 +12,14 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import Request
 
-from octavo_engine.errors import OctavoError
-from octavo_engine.generation import GenerationRequest, LanguageModel, TextDelta
+from octavo_engine.answer import TextDelta
+from octavo_engine.errors import OctavoError, RequestInvalid
+from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.envelope import describe
 from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
-from octavo_engine.server.openai.replies import ChatReply, CompletionReply, Reply, Usage
+from octavo_engine.server.openai.replies import ChatReply, Choice, CompletionReply, Reply, Usage
+from octavo_engine.server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -29,6 +31,7 @@ _STARTED: Final = int(time.time())
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, service: CurrentService) -> Response:
     """Answer a conversation."""
     model = service.model_named(body.model)
+    _check_num_choices(body, service)
     prompt = await model.encode_chat([message.for_template() for message in body.messages])
     wanted = body.max_completion_tokens
     param = "max_tokens" if wanted is None else "max_completion_tokens"
@@ -43,6 +46,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 async def create_completion(body: CompletionRequest, request: Request, service: CurrentService) -> Response:
     """Continue a prompt."""
     model = service.model_named(body.model)
+    _check_num_choices(body, service)
     prompt = await model.encode_prompt(body.prompt)
     max_tokens = model.resolve_max_tokens(len(prompt), body.max_tokens, "max_tokens")
     request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -83,12 +87,21 @@ def _generation(
     max_tokens: int,
 ) -> GenerationRequest:
     model.check_token_ids(body.stop_token_ids or (), "stop_token_ids")
+    model.check_token_ids(tuple(body.logit_bias or ()), "logit_bias")
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
         sampling=body.sampling(max_tokens),
         stop=body.stop or (),
+        include_stop=bool(body.include_stop_str_in_output),
+        num_choices=body.n or 1,
     )
+
+
+def _check_num_choices(body: ChatCompletionRequest | CompletionRequest, service: Service) -> None:
+    most = service.config.engine.max_num_seqs
+    if (body.n or 1) > most:
+        raise RequestInvalid(f"n is {body.n}, and --max-num-seqs lets {most} answers be generated at once", param="n")
 
 
 async def _answer(
@@ -98,40 +111,79 @@ async def _answer(
     reply: Reply,
     num_prompt_tokens: int,
 ) -> Response:
+    answers = _Answers(deltas, reply, num_prompt_tokens, body)
     if body.stream:
-        events = _events(deltas, reply, num_prompt_tokens, include_usage=body.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    whole = await _unless_gone(request, _whole(deltas, reply, num_prompt_tokens))
+        return StreamingResponse(
+            answers.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+    whole = await _unless_gone(request, answers.whole())
     return Response(status_code=_CLIENT_GONE) if whole is None else JSONResponse(whole)
 
 
-async def _whole(deltas: AsyncGenerator[TextDelta, None], reply: Reply, num_prompt_tokens: int) -> dict[str, Any]:
-    texts, last = [], TextDelta("", 0)
-    async with contextlib.aclosing(deltas):
-        async for last in deltas:
-            texts.append(last.text)
-    return reply.whole("".join(texts), last.finish_reason or "", Usage(num_prompt_tokens, last.num_tokens))
+class _Answers:
+    """The choices of one request, as one body or as a stream of them."""
 
+    def __init__(
+        self,
+        deltas: AsyncGenerator[TextDelta, None],
+        reply: Reply,
+        num_prompt_tokens: int,
+        body: ChatCompletionRequest | CompletionRequest,
+    ) -> None:
+        self._deltas = deltas
+        self._reply = reply
+        self._num_prompt_tokens = num_prompt_tokens
+        self._indices = range(body.n or 1)
+        self._has_logprobs = body.num_logprobs is not None
+        self._include_usage = body.include_usage
+        self._last: dict[int, TextDelta] = {}  # by choice
 
-async def _events(
-    deltas: AsyncGenerator[TextDelta, None], reply: Reply, num_prompt_tokens: int, *, include_usage: bool
-) -> AsyncIterator[bytes]:
-    """Server-sent events. A failure after the 200 is an event with the envelope, and there is no [DONE] then."""
-    last = TextDelta("", 0)
-    try:
-        for chunk in reply.opening():
-            yield _event(chunk)
-        async with contextlib.aclosing(deltas):
-            async for last in deltas:
-                if last.text:
-                    yield _event(reply.piece(last.text))
-    except OctavoError as error:
-        yield _event(describe(error)[1])
-        return
-    yield _event(reply.closing(last.finish_reason or ""))
-    if include_usage:
-        yield _event(reply.usage(Usage(num_prompt_tokens, last.num_tokens)))
-    yield b"data: [DONE]\n\n"
+    async def whole(self) -> dict[str, Any]:
+        """The body of a response in one piece."""
+        pieces: dict[int, list[TextDelta]] = {index: [] for index in self._indices}
+        async with contextlib.aclosing(self._deltas) as deltas:
+            async for delta in deltas:
+                pieces[delta.choice].append(delta)
+                self._last[delta.choice] = delta
+        choices = [
+            Choice(
+                index,
+                "".join(delta.text for delta in pieces[index]),
+                [entry for delta in pieces[index] for entry in delta.logprobs] if self._has_logprobs else None,
+                self._last[index].finish_reason,
+            )
+            for index in self._indices
+        ]
+        return self._reply.whole(choices, self._usage())
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events. A failure after the 200 is an event with the envelope, and there is no [DONE] then."""
+        try:
+            for index in self._indices:
+                for chunk in self._reply.opening(index):
+                    yield _event(chunk)
+            async with contextlib.aclosing(self._deltas) as deltas:
+                async for delta in deltas:
+                    self._last[delta.choice] = delta
+                    if delta.text or delta.logprobs:
+                        logprobs = delta.logprobs if self._has_logprobs else None
+                        yield _event(self._reply.piece(Choice(delta.choice, delta.text, logprobs)))
+                    if delta.finish_reason is not None:
+                        ended = Choice(delta.choice, "", finish_reason=delta.finish_reason)
+                        yield _event(self._reply.closing(ended))
+        except OctavoError as error:
+            yield _event(describe(error)[1])
+            return
+        if self._include_usage:
+            yield _event(self._reply.usage(self._usage()))
+        yield b"data: [DONE]\n\n"
+
+    def _usage(self) -> Usage:
+        return Usage(
+            self._num_prompt_tokens,
+            sum(delta.num_tokens for delta in self._last.values()),
+            max(delta.num_cached_tokens for delta in self._last.values()),
+        )
 
 
 def _event(body: dict[str, Any]) -> bytes:
