@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import subprocess
 import threading
@@ -56,10 +57,11 @@ def tokens_of(text: str | bytes) -> list[int]:
 
 
 def logprobs_of(token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
-    """What the fake says of each token: its logprob is -0.5, and those of the next ids are -1, -2 and so on."""
+    """What the fake says of each token: its logprob is -0.5, of the next ids -1, -2 and so on, the 20th's -inf."""
     if num_logprobs is None:
         return None
-    return TokenLogprobs(-0.5, tuple((token_id + place, -place or -0.5) for place in range(num_logprobs)))
+    logprobs = (-0.5, *range(-1, -19, -1), -math.inf)
+    return TokenLogprobs(-0.5, tuple((token_id + place, logprobs[place]) for place in range(num_logprobs)))
 
 
 class FakeEngine:

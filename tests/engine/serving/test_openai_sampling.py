@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -200,7 +199,8 @@ async def test_streamed_logprobs_are_the_whole_ones(
     assert data.decode(errors="replace") == text, "the tokens are those of the text"
 
 
-async def test_minus_infinity_is_written_as_a_number(ready: httpx.AsyncClient, engine: FakeEngine) -> None:
-    body = {"model": "fake", "prompt": "ab", "logprobs": 20}
-    response = await ready.post("/v1/completions", json=body)
-    json.loads(response.text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+async def test_minus_infinity_is_written_as_a_number(openai: AsyncOpenAI) -> None:
+    completion = await complete(openai, logprobs=20, max_tokens=1)
+    assert min(completion.choices[0].logprobs.top_logprobs[0].values()) == -9999
+    chat_entry = (await chat(openai, logprobs=True, top_logprobs=20, max_tokens=1)).choices[0].logprobs.content[0]
+    assert chat_entry.top_logprobs[-1].logprob == -9999
