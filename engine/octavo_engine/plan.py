@@ -62,6 +62,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     sampling: SamplingParams
     choice: int = 0  # which of the request's n answers this is; the first of them while they share one entry
     num_choices: int = 1  # with needs_token: draw the first tokens of `choice` .. `choice + num_choices - 1` at once
+    num_prompt_tokens: int = 0  # of all tokens of the request
     past: PastTokens | None = None  # set if sampling.looks_back; by reference, so it is read before the step's update()
 
     @property

@@ -49,7 +49,7 @@ def top(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     sqrt(V / k) tokens there are as many blocks as there are tokens in k of them.
     """
     block = min(BLOCK, 1 << (math.isqrt(values.shape[1] // k).bit_length() - 1))
-    blocks = values.view(len(values), -1, block)
+    blocks = values.view(len(values), values.shape[1] // block, block)
     if block == 1:
         places = _order(values, k)
         return values.gather(1, places), places
@@ -105,7 +105,7 @@ def those_before(weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(values: torch.Tensor) -> torch.Tensor:
-    return values.view(len(values), -1, BLOCK)
+    return values.view(len(values), values.shape[1] // BLOCK, BLOCK)
 
 
 def _take(blocks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

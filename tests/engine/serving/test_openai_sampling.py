@@ -88,7 +88,9 @@ async def test_several_choices_come_with_their_index_and_usage_counts_them_all(
     chunks = [chunk async for chunk in stream]
     assert [joined(chunks, index)[0] for index in range(3)] == list(ANSWERS.values())
     assert [joined(chunks, index)[2] for index in range(3)] == [["stop"]] * 3
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, num_tokens)
+    assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens, "the prompt was there before"
 
 
 async def test_several_completions_come_with_their_index(openai: AsyncOpenAI, engine: FakeEngine) -> None:
