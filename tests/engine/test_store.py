@@ -379,6 +379,14 @@ def test_a_model_is_found_by_short_name_by_place_and_by_path(root: Path) -> None
     assert local.locate("hf://org/repo:other.gguf", root).is_missing is False
 
 
+def test_a_folder_with_a_config_is_a_model_of_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-llama"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    location = local.locate(str(folder), tmp_path)
+    assert (location.name, location.path, location.is_missing) == ("tiny-llama", folder, False)
+
+
 def test_what_has_a_source_may_be_missing_and_then_has_a_place_to_go(tmp_path: Path) -> None:
     for model in ("smollm2", "hf://org/repo:other.gguf"):
         location = local.locate(model, tmp_path)
@@ -392,7 +400,7 @@ def test_a_model_that_is_not_there_is_told_with_what_is(root: Path) -> None:
         local.locate("gpt", root)
     with pytest.raises(ModelNotFound, match=r"mistyped.gguf is not there; in .*: SmolLM2.*\.gguf"):
         local.locate(str(root / "mistyped.gguf"), root)
-    with pytest.raises(ModelNotFound, match="is a folder; give one file: SmolLM2"):
+    with pytest.raises(ModelNotFound, match=r"is a folder without config\.json; give one file: SmolLM2"):
         local.locate(str(root), root)
     with pytest.raises(ModelNotFound, match="there is no folder"):
         local.locate(str(root / "no" / "folder.gguf"), root)

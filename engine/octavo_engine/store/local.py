@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine.errors import ModelNotFound
+from octavo_engine.models.checkpoint import CONFIG_FILE
 from octavo_engine.store.source import Source, is_source, parse_source
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Location:
     @property
     def is_missing(self) -> bool:
         """True: the file must be pulled first."""
-        return not self.path.is_file()
+        return not self.path.exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def default_root(environment: Mapping[str, str]) -> Path:
 
 
 def locate(model: str, root: Path) -> Location:
-    """Find what a MODEL argument means: a source, a short name, a name in the store or the path of a file.
+    """Find what a MODEL argument means: a source, a short name, a name in the store, or the path of a file or folder.
 
     Raises:
         ModelNotFound: none of these; the message says what there is.
@@ -84,6 +85,8 @@ def locate(model: str, root: Path) -> Location:
         path = Path(model).expanduser()
         if path.is_file():
             return Location(name=path.stem, path=path)
+        if (path / CONFIG_FILE).is_file():
+            return Location(name=path.resolve().name, path=path)
         raise ModelNotFound(_what_there_is(model, path, root))
     except OSError as error:  # no permission, or no path at all
         raise ModelNotFound(f"{model[:200]}: {error.strerror}") from error
@@ -127,7 +130,7 @@ def _in_store(name: str, root: Path) -> Path | None:
 
 def _what_there_is(model: str, path: Path, root: Path) -> str:
     if path.is_dir():
-        return f"{model} is a folder; give one file: {_gguf_files(path)}"
+        return f"{model} is a folder without {CONFIG_FILE}; give one file: {_gguf_files(path)}"
     if path.suffix == ".gguf" or path.is_absolute() or len(path.parts) > 1:
         if not path.parent.is_dir():
             return f"{model} is not there: there is no folder {path.parent}"
@@ -135,7 +138,7 @@ def _what_there_is(model: str, path: Path, root: Path) -> str:
     names = sorted({*CATALOGUE, *(stored.name for stored in list_models(root))})
     return (
         f"there is no model {model!r}; known names: {', '.join(names)}. "
-        "A path to a .gguf file, hf://ORG/REPO:FILE.gguf or https://... work too"
+        "A path to a .gguf file or to a folder with safetensors files, hf://ORG/REPO:FILE.gguf or https://... work too"
     )
 
 
