@@ -62,4 +62,5 @@ def gpu_memory(device: torch.device, utilization: float | None) -> Memory:
     """
     free, total = torch.cuda.mem_get_info(device)
     share = utilization or planning.DEFAULT_GPU_MEMORY_UTILIZATION
-    return Memory(device="cuda", available_bytes=max(0, int(total * share) - (total - free)), process_bytes=0)
+    available = max(0, int(total * share) - (total - free))
+    return Memory(device="cuda", available_bytes=available, process_bytes=0, native=False)

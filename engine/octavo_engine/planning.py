@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine import resources, sizing
+from octavo_engine.cpu.library import NATIVE_DTYPES, best_library
 from octavo_engine.errors import ConfigError, TensorParallelInvalid, UserError
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.sizing import Memory, MemoryPlan, in_mib
@@ -165,13 +166,16 @@ def plan_for_cpu(model: Model, config: EngineConfig, *, processes: tuple[int, ..
     Raises:
         UserError: as make_plan.
     """
+    dtype = choose_cpu_dtype(config)
+    is_native = dtype in NATIVE_DTYPES and best_library() is not None
     available = resources.available_memory() + sum(resources.anonymous_memory(pid) for pid in processes)
     memory = Memory(
         device="cpu",
         available_bytes=available,
         process_bytes=sizing.API_PROCESS_BYTES + sizing.ENGINE_PROCESS_BYTES,
+        native=is_native,
     )
-    return make_plan(model, config, device="cpu", dtype=choose_cpu_dtype(config), memory=memory)
+    return make_plan(model, config, device="cpu", dtype=dtype, memory=memory)
 
 
 def plan_for_gpus(model: Model, config: EngineConfig, *, gpu_memory: int) -> Plan:
@@ -181,7 +185,9 @@ def plan_for_gpus(model: Model, config: EngineConfig, *, gpu_memory: int) -> Pla
         UserError: as make_plan.
     """
     share = config.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
-    memory = Memory(device="cuda", available_bytes=int(gpu_memory * share), process_bytes=sizing.CUDA_CONTEXT_BYTES)
+    memory = Memory(
+        device="cuda", available_bytes=int(gpu_memory * share), process_bytes=sizing.CUDA_CONTEXT_BYTES, native=False
+    )
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     return make_plan(model, config, device="cuda", dtype=dtype, memory=memory)
 

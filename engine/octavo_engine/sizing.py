@@ -68,6 +68,7 @@ class Memory:
     device: str  # a key of BLOCK_SIZES
     available_bytes: int  # what this engine may take in all
     process_bytes: int  # of it, what goes to processes and libraries before there is a model
+    native: bool  # the C++ decoder computes: it keeps a tied embedding once and needs no mask of attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +119,8 @@ def plan_memory(
     fixed = {
         "process": memory.process_bytes,
         "margin": int(memory.available_bytes * MARGIN),
-        "weight": weight_bytes(spec, tensors, itemsize, ranks),
-        "work": _work_bytes(spec, config, itemsize, ranks),
+        "weight": weight_bytes(spec, tensors, itemsize, ranks, native=memory.native),
+        "work": _work_bytes(spec, config, itemsize, ranks, native=memory.native),
     }
     budget = _kv_budget(spec, config, memory, fixed, kv_bytes_per_token)
     affordable_blocks = budget // block_bytes
@@ -148,14 +149,11 @@ def plan_memory(
     )
 
 
-def weight_bytes(spec: DecoderSpec, tensors: Sequence[StoredTensor], itemsize: int, ranks: int) -> int:
-    """Bytes of one rank's weights while running: matrices are split over the ranks, vectors are on each.
-
-    A tied embedding is kept twice: in rows to look tokens up, and packed as the output matrix.
-    """
+def weight_bytes(spec: DecoderSpec, tensors: Sequence[StoredTensor], itemsize: int, ranks: int, *, native: bool) -> int:
+    """Bytes of one rank's weights while running: matrices are split over the ranks, vectors are on each."""
     matrices = sum(tensor.num_elements for tensor in tensors if len(tensor.shape) > 1)
     vectors = sum(tensor.num_elements for tensor in tensors if len(tensor.shape) == 1)
-    if spec.tied_embeddings:
+    if spec.tied_embeddings and not native:  # torch has it in rows to look tokens up, and packed to multiply with
         matrices += spec.vocab_size * spec.hidden_size
     return matrices * itemsize // ranks + vectors * _NORM_BYTES
 
@@ -187,7 +185,7 @@ def in_mib(num_bytes: int) -> str:
     return f"{num_bytes / MIB:.0f} MiB"
 
 
-def _work_bytes(spec: DecoderSpec, config: EngineConfig, itemsize: int, ranks: int) -> int:
+def _work_bytes(spec: DecoderSpec, config: EngineConfig, itemsize: int, ranks: int, *, native: bool) -> int:
     """Bytes that the largest step needs beside weights and cache.
 
     Of each token: the residual and its norm, the widest of the layer's intermediate results with its input, and a row
@@ -195,7 +193,8 @@ def _work_bytes(spec: DecoderSpec, config: EngineConfig, itemsize: int, ranks: i
     """
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim // ranks
     widest = max(3 * spec.intermediate_size // ranks, 2 * heads)
-    per_token = 3 * 4 * spec.hidden_size + widest * itemsize + 8 * (config.max_model_len or spec.max_context)
+    mask = 0 if native else 8 * (config.max_model_len or spec.max_context)
+    per_token = 3 * 4 * spec.hidden_size + widest * itemsize + mask
     per_request = spec.vocab_size * _LOGIT_BYTES
     return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_request
 

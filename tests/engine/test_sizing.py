@@ -72,7 +72,7 @@ WEIGHTS_F32 = (NUM_PARAMETERS + 49152 * 576) * 4  # the tied embedding counts tw
 
 def plan(available_bytes: int, *, dtype: str = "float32", device: str = "cpu", **options: Any) -> MemoryPlan:
     config = EngineConfig(model=Path("m.gguf"), served_model_names=("m",), **options)
-    memory = Memory(device=device, available_bytes=available_bytes, process_bytes=PROCESSES)
+    memory = Memory(device=device, available_bytes=available_bytes, process_bytes=PROCESSES, native=False)
     return plan_memory(SMOLLM2, TENSORS, config, dtype=dtype, memory=memory)
 
 
@@ -120,10 +120,14 @@ def test_half_precision_halves_weights_and_cache() -> None:
 
 
 def test_ranks_share_matrices_and_cache_but_not_norms() -> None:
-    one, three = (weight_bytes(SMOLLM2, TENSORS, 2, ranks) for ranks in (1, 3))
+    one, three = (weight_bytes(SMOLLM2, TENSORS, 2, ranks, native=False) for ranks in (1, 3))
     norms = 61 * 576 * 4
     assert (three - norms) * 3 == one - norms
     assert plan(24 * GIB, tensor_parallel_size=3).kv_bytes_per_token == KV_BYTES // 3
+
+
+def test_a_tied_embedding_may_be_kept_once() -> None:
+    assert weight_bytes(SMOLLM2, TENSORS, 4, 1, native=True) == NUM_PARAMETERS * 4
 
 
 def test_in_little_memory_the_context_becomes_what_fits() -> None:
