@@ -1,8 +1,7 @@
 """How each engine is started, where it says that it is ready, and how it is asked for log probabilities.
 
 Every engine gets the threads of the whole machine, 32 users' worth of cache at 1,024 tokens each, and nothing that only
-helps a benchmark. Caches of prompts stay as each engine has them by default: no two prompts of the measured work share
-a prefix.
+helps a benchmark. Prefix caches stay on: no two prompts of the measured work share a prefix.
 """
 
 from __future__ import annotations
@@ -128,7 +127,9 @@ def all_engines(names: Sequence[str], weights: peers.Weights) -> list[Engine]:
     makers = {
         "octavo": lambda: _octavo("octavo", weights, "auto"),
         "octavo-bf16": lambda: _octavo("octavo-bf16", weights, "bfloat16"),
-        "llama.cpp-Q4_0": lambda: _llama_cpp("llama.cpp-Q4_0", weights.q4_0, "Q4_0, made from the float32 form"),
+        "llama.cpp-Q4_0": lambda: _llama_cpp(
+            "llama.cpp-Q4_0", peers.quantised(weights, "Q4_0"), "Q4_0, made from the float32 form"
+        ),
         "llama.cpp-Q4_1": lambda: _llama_cpp("llama.cpp-Q4_1", weights.stored, "Q4_1, the same file as Octavo's"),
         "vllm-bf16": lambda: _vllm("vllm-bf16", weights, "bfloat16"),
         "vllm-f32": lambda: _vllm("vllm-f32", weights, "float32"),
@@ -162,6 +163,7 @@ def _llama_cpp(name: str, model: Path, what: str) -> Engine:
         command=[
             *(peers.llama_cpp("llama-server"), "--model", model, "--alias", MODEL_NAME, "--host", "127.0.0.1"),
             *("--threads", threads, "--parallel", str(NUM_USERS), "--ctx-size", str(NUM_USERS * _CONTEXT)),
+            *("--cache-ram", "0"),  # do not copy ended prompts aside for a return that never comes
         ],
         dialect=LlamaCppDialect(),
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo_cluster import paths, shell
+from octavo_cluster.errors import PrerequisiteMissing
 from octavo_cluster.model import demo_model
 from octavo_cluster.progress import step
 
@@ -44,11 +45,11 @@ _LLAMA_CPP_OPTIONS = {  # the rest is llama.cpp's default: optimised, for this v
 
 @dataclass(frozen=True)
 class Weights:
-    """The demo model in every form that some engine reads."""
+    """The demo model in the forms that engines read."""
 
     stored: Path  # the file that Octavo serves: Q4_1, embeddings Q8_0
     transformers: Path  # a folder with the same numbers as float32
-    q4_0: Path  # made from the same numbers by llama-quantize
+    f32: Path  # a GGUF file with them
 
     @property
     def reference_logprobs(self) -> Path:
@@ -66,31 +67,29 @@ def weights() -> Weights:
             folder / "weights.log",
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         )
-        shell.run_logged(
-            [*_NICE, llama_cpp("llama-quantize"), folder / "f32.gguf", folder / "q4_0.gguf", "Q4_0"],
-            folder / "quantize.log",
-        )
-        (folder / "f32.gguf").unlink()
 
-    folder = _once(f"weights-{stored.stem}", "weights for the peers", "about 1 min", make)
-    return Weights(stored=stored, transformers=folder / "hf", q4_0=folder / "q4_0.gguf")
+    folder = _once(f"{stored.stem}-f32", "weights for the peers", "about 1 min", make)
+    return Weights(stored=stored, transformers=folder / "hf", f32=folder / "f32.gguf")
+
+
+def quantised(weights: Weights, kind: str) -> Path:
+    """The model as a GGUF file of a type of llama.cpp's, made by its own llama-quantize."""
+
+    def make(folder: Path) -> None:
+        shell.run_logged([*_NICE, quantize, weights.f32, folder / "model.gguf", kind], folder / "quantize.log")
+
+    quantize = llama_cpp("llama-quantize")
+    return _once(f"{weights.stored.stem}-as-{kind}", f"{kind} weights", "10 s", make) / "model.gguf"
 
 
 def llama_cpp(program: str) -> Path:
     """The path of one of llama.cpp's programs."""
 
     def make(folder: Path) -> None:
-        download: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--no-binary=:all:",
-            "--dest",
-            folder,
-        ]
-        shell.run_logged([*download, LLAMA_CPP], folder / "download.log")
+        if missing := [name for name in ("cmake", "c++") if shutil.which(name) is None]:
+            raise PrerequisiteMissing(f"llama.cpp is compiled here: install {' and '.join(missing)}")
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", f"--no-binary={_project(LLAMA_CPP)}"]
+        shell.run_logged([*pip, "--dest", folder, LLAMA_CPP], folder / "download.log")
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as sources:
             sources.extractall(folder / "source", filter="data")
@@ -135,6 +134,10 @@ def _answer_to_the_name_vllm(environment: Path) -> None:
     alias.mkdir()
     (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {_VLLM_AS}\n", encoding="utf-8")
     shutil.copy2(own / "entry_points.txt", alias)
+
+
+def _project(requirement: str) -> str:
+    return requirement.partition("==")[0]
 
 
 def _once(name: str, what: str, expected: str, make: Callable[[Path], None]) -> Path:

@@ -9,8 +9,9 @@ Two figures come of it:
 
 - perplexity of the text: exp of the mean negative log probability of its tokens;
 - mean KL divergence of the engine's distribution from the reference's, in nats. An engine does not tell all of its
-  distribution, so both are made coarser in the same way first: the told tokens stay, all others become one. That never
-  makes a divergence larger (data processing inequality), so the figure is a lower bound, for every engine alike.
+  distribution, so both are made coarser in the same way first: the told tokens, the text's own among them, stay, and
+  all others become one. That never makes a divergence larger (data processing inequality), so the figure is a lower
+  bound, for every engine alike.
 
 The reference is transformers in float32 on the numbers that Octavo's file holds. An engine that quantises further than
 that file pays for it here.
@@ -29,11 +30,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from octavo_bench import client
-from octavo_bench.engines import NUM_USERS, NextToken
+from octavo_bench.engines import NUM_USERS
 from octavo_cluster import shell
 
 if TYPE_CHECKING:
-    from octavo_bench.engines import Dialect, Server
+    from collections.abc import Mapping
+
+    from octavo_bench.engines import Dialect, NextToken, Server
     from octavo_bench.peers import Weights
 
 TEXT: Final = Path(__file__).with_name("text.txt")
@@ -89,7 +92,8 @@ async def measure(server: Server, truth: Reference) -> Quality:
         for window, position in places:
             tokens = truth.token_ids[window]
             told = await _ask(server.url, dialect, tokens[:position].tolist(), int(tokens[position]))
-            divergences.append(coarse_kl(truth.logprobs[window, position - 1], told))
+            known = {**told.top, int(tokens[position]): told.logprob}
+            divergences.append(coarse_kl(truth.logprobs[window, position - 1], known))
             logprobs.append(told.logprob)
 
     await asyncio.gather(*(user() for _ in range(NUM_USERS)))
@@ -104,15 +108,15 @@ async def _ask(url: str, dialect: Dialect, prompt: list[int], target: int) -> Ne
         raise client.RequestFailed(f"{url}: no log probabilities in {str(answer)[:300]}") from error
 
 
-def coarse_kl(reference_logprobs: np.ndarray, told: NextToken) -> float:
+def coarse_kl(reference_logprobs: np.ndarray, told: Mapping[int, float]) -> float:
     """KL(reference || engine) in nats, with every token that the engine told nothing of taken as one.
 
     Args:
         reference_logprobs: float32 [V].
-        told: the engine's word.
+        told: token ids -> log probabilities by the engine.
     """
-    ids = np.array(list(told.top))
-    ours = np.array(list(told.top.values()), dtype=np.float64)
+    ids = np.array(list(told))
+    ours = np.array(list(told.values()), dtype=np.float64)
     theirs = reference_logprobs[ids].astype(np.float64)
     rest, reference_rest = (max(1 - float(np.exp(known).sum()), 1e-12) for known in (ours, theirs))
     within = float((np.exp(theirs) * (theirs - ours)).sum())
