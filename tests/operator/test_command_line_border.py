@@ -3,15 +3,24 @@
 The packages never import each other; only here are both at hand.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
 
-from octavo_engine import cli
+from octavo_engine.arguments import build_parser
 
 GOLDEN: Final = Path(__file__).parent / "golden"
+COMMANDS: Final = ("serve", "run", "plan", "pull", "list", "rm")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    def ignore(options: argparse.Namespace) -> None:
+        pass
+
+    return build_parser(dict.fromkeys(COMMANDS, ignore)).parse_args(arguments)
 
 
 def containers(case: str) -> list[dict[str, Any]]:
@@ -24,13 +33,13 @@ def containers(case: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", ["cpu", "nvidia", "autoscaling", "custom"])
 def test_the_engine_takes_every_command_line_that_the_operator_renders(case: str) -> None:
     for container in containers(case):
-        options = cli._parser().parse_args(container["args"])
+        options = parse(container["args"])
         assert options.termination_log == Path(container["terminationMessagePath"])
 
 
 def test_what_the_spec_says_arrives_in_the_engine() -> None:
     (engine,) = containers("custom")
-    options = cli._parser().parse_args(engine["args"])
+    options = parse(engine["args"])
     assert options.model == "/models/model.gguf"
     assert options.served_model_name == ["custom"]
     assert options.port == engine["ports"][0]["containerPort"]
@@ -42,5 +51,5 @@ def test_what_the_spec_says_arrives_in_the_engine() -> None:
 def test_an_abbreviation_of_an_owned_flag_does_not_get_past_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
     (engine,) = containers("cpu")
     with pytest.raises(SystemExit):
-        cli._parser().parse_args([*engine["args"], "--tensor-parallel=8"])
+        parse([*engine["args"], "--tensor-parallel=8"])
     assert "--tensor-parallel=8" in capsys.readouterr().err
