@@ -48,7 +48,10 @@ def test_streamed_and_whole_answers_are_the_same_text(served: ServedModel) -> No
     assert "Paris" in (whole.choices[0].message.content or "")
     assert whole.choices[0].finish_reason == "stop"
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert whole.usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
 
 
 def test_a_seed_gives_the_same_text_again(served: ServedModel) -> None:

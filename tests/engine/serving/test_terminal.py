@@ -4,6 +4,7 @@ import contextlib
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def new_chat(engine: FakeEngine, config: ServerConfig, system: str | None = None) -> Chat:
-    return Chat(config.engine, temperature=0.0, system=system, spawn=engine.spawn)
+    # Without a prefix cache the fake engine sees every token of a prompt.
+    options = replace(config.engine, enable_prefix_caching=False)
+    return Chat(options, temperature=0.0, system=system, spawn=engine.spawn)
 
 
 @pytest.fixture
