@@ -51,8 +51,8 @@ def test_gpus_decide_limits_and_tensor_parallel_size_and_the_engine_says_what_it
     # The pods are scheduled, but the GPUs are only claimed to be there.
     condition = namespace.await_condition("one", has_reason("DeviceMissing"), "DeviceMissing")
     assert "--device cuda" in condition["message"]
-    condition = namespace.await_condition("two", has_reason("ConfigError"), "ConfigError")
-    assert "--tensor-parallel-size 2" in condition["message"]
+    condition = namespace.await_condition("two", has_reason("TensorParallelInvalid"), "TensorParallelInvalid")
+    assert "use --tensor-parallel-size 1 or 3" in condition["message"]
 
     (pod,) = namespace.pods("two")
     (container,) = pod["spec"]["containers"]

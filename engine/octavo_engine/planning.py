@@ -140,6 +140,23 @@ def read_model(path: Path) -> Model:
     return Model(read_checkpoint(path))
 
 
+def check_parallelism(model: Model, config: EngineConfig) -> None:
+    """Check that tensor_parallel_size devices can share the model.
+
+    Raises:
+        TensorParallelInvalid: they cannot; the message lists the sizes that work, `facts` what is known of the model.
+    """
+    sizes = model.tensor_parallel_sizes
+    if config.tensor_parallel_size not in sizes:
+        spec = model.spec
+        raise TensorParallelInvalid(
+            f"{config.tensor_parallel_size} devices cannot share {model.name} evenly: {spec.num_heads} query heads, "
+            f"{spec.num_kv_heads} KV heads, an intermediate size of {spec.intermediate_size}, {spec.vocab_size} "
+            f"tokens, weights in {model.quantization}; use --tensor-parallel-size {_sizes(sizes)}",
+            facts=model.facts(),
+        )
+
+
 def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: str, memory: Memory) -> Plan:
     """Plan how `model` runs with these options on a device.
 
@@ -147,7 +164,8 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: str, me
         UserError: it cannot; `facts` has what is known of the model and the arithmetic.
     """
     try:
-        _refuse_contradictions(model, config, device)
+        check_parallelism(model, config)
+        _refuse_contradictions(config, device)
         divided = sizing.plan_memory(model.spec, model.tensors, config, dtype=dtype, memory=memory)
     except UserError as error:
         error.facts = model.facts() | error.facts
@@ -220,19 +238,11 @@ def choose_cpu_dtype(config: EngineConfig) -> str:
     return "bfloat16" if resources.has_native_bfloat16() and not config.deterministic else "float32"
 
 
-def _refuse_contradictions(model: Model, config: EngineConfig, device: str) -> None:
+def _refuse_contradictions(config: EngineConfig, device: str) -> None:
     if device == "cpu" and config.gpu_memory_utilization is not None:
         raise ConfigError(
             f"--gpu-memory-utilization {config.gpu_memory_utilization:g}: the device is a CPU; "
             "use --kv-cache-memory-bytes"
-        )
-    sizes = model.tensor_parallel_sizes
-    if config.tensor_parallel_size not in sizes:
-        spec = model.spec
-        raise TensorParallelInvalid(
-            f"{config.tensor_parallel_size} devices cannot share {model.name} evenly: {spec.num_heads} query heads, "
-            f"{spec.num_kv_heads} KV heads, an intermediate size of {spec.intermediate_size}, {spec.vocab_size} "
-            f"tokens, weights in {model.quantization}; use --tensor-parallel-size {_sizes(sizes)}"
         )
 
 

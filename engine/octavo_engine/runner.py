@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from octavo_engine.config import EngineConfig
     from octavo_engine.models.spec import DecoderSpec
-    from octavo_engine.planning import Plan
+    from octavo_engine.planning import Model, Plan
     from octavo_engine.sizing import MemoryPlan
     from octavo_engine.steps import Steps
 
@@ -87,8 +87,11 @@ def load_runner(
         UserError: the model, the device or an option cannot work; before any weight is read, except where a tensor
             contradicts the metadata.
     """
-    device = devices.choose_device(config.device) if plan is None else torch.device(plan.device)
-    plan = plan or _plan(config, device)
+    if plan is None:
+        model = planning.read_model(config.model)
+        planning.check_parallelism(model, config)  # what the model rules out is told before what the machine lacks
+        plan = _plan(model, config, devices.choose_device(config.device))
+    device = torch.device(plan.device)
     if config.tensor_parallel_size != 1:
         raise ConfigError(
             f"--tensor-parallel-size {config.tensor_parallel_size}: the model runs on one device in this version; use 1"
@@ -132,8 +135,7 @@ def load_runner(
     return LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size)
 
 
-def _plan(config: EngineConfig, device: torch.device) -> Plan:
-    model = planning.read_model(config.model)
+def _plan(model: Model, config: EngineConfig, device: torch.device) -> Plan:
     if device.type == "cpu":
         return planning.plan_for_cpu(model, config, processes=(os.getpid(), os.getppid()))
     memory = devices.gpu_memory(device, config.gpu_memory_utilization)
