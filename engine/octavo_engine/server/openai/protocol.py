@@ -7,10 +7,11 @@ include_stop_str_in_output and ignore_eos are vLLM's.
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.plan import SamplingParams
+from octavo_engine.server.body import Strict, Text, of_kind, only, refuse_surrogates, without_neutral
 
 _COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's and vLLM's default for /v1/completions
 
@@ -21,75 +22,41 @@ _MAX_BIASED_TOKENS: Final = 1024
 _MAX_TOP_LOGPROBS: Final = 20  # OpenAI's limit for chats; vLLM's for both
 
 
-def _only(*values: object) -> Callable[[object], bool]:
-    """Accept exactly these values, where False is not 0."""
-    return lambda value: any(
-        value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values
-    )
-
-
-def _any(kind: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, kind)
-
-
 # Fields that SDKs and frameworks send, at the values at which they ask for nothing. null always asks for nothing.
 NEUTRAL_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
-    "audio": _only(),
-    "best_of": _only(1),
-    "echo": _only(False),
-    "function_call": _only("none", "auto"),
-    "functions": _only([]),
-    "metadata": _any(dict),
-    "modalities": _only(["text"]),
-    "parallel_tool_calls": _any(bool),
-    "prediction": _only(),
-    "prompt_cache_key": _any(str),
-    "prompt_cache_retention": _any(str),
-    "reasoning_effort": _only("none"),
-    "response_format": _only({"type": "text"}),
-    "safety_identifier": _any(str),
-    "service_tier": _only("auto", "default"),
-    "skip_special_tokens": _only(True),
-    "store": _only(False),
-    "suffix": _only(""),
-    "tool_choice": _only("none", "auto"),
-    "tools": _only([]),
-    "user": _any(str),
-    "verbosity": _only("medium"),
-    "web_search_options": _only(),
+    "audio": only(),
+    "best_of": only(1),
+    "echo": only(False),
+    "function_call": only("none", "auto"),
+    "functions": only([]),
+    "metadata": of_kind(dict),
+    "modalities": only(["text"]),
+    "parallel_tool_calls": of_kind(bool),
+    "prediction": only(),
+    "prompt_cache_key": of_kind(str),
+    "prompt_cache_retention": of_kind(str),
+    "reasoning_effort": only("none"),
+    "response_format": only({"type": "text"}),
+    "safety_identifier": of_kind(str),
+    "service_tier": only("auto", "default"),
+    "skip_special_tokens": only(True),
+    "store": only(False),
+    "suffix": only(""),
+    "tool_choice": only("none", "auto"),
+    "tools": only([]),
+    "user": of_kind(str),
+    "verbosity": only("medium"),
+    "web_search_options": only(),
 }
 
 # The same for the messages that clients send back as history.
 NEUTRAL_MESSAGE_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
-    "annotations": _only([]),
-    "audio": _only(),
-    "function_call": _only(),
-    "refusal": _only(),
-    "tool_calls": _only([]),
+    "annotations": only([]),
+    "audio": only(),
+    "function_call": only(),
+    "refusal": only(),
+    "tool_calls": only([]),
 }
-
-
-def _without_neutral(body: object, neutral: Mapping[str, Callable[[object], bool]]) -> object:
-    if not isinstance(body, dict):
-        return body
-    for name in body.keys() & neutral.keys():
-        if body[name] is not None and not neutral[name](body[name]):
-            raise RequestInvalid("this server does not support the value given", param=name)
-    return {name: value for name, value in body.items() if name not in neutral}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _refuse_surrogates(text: str) -> str:
-    """JSON can spell half of a character, which no encoding of text can hold."""
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise RequestInvalid("the text has a lone surrogate, which is not a character")
-    return text
-
-
-_Text = Annotated[str, AfterValidator(_refuse_surrogates)]
 
 
 def _joined_text(content: object) -> object:
@@ -109,17 +76,17 @@ def _joined_text(content: object) -> object:
     return "\n".join(texts)
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[_Text, BeforeValidator(_joined_text)]
-    name: _Text | None = None  # for templates that show it
+    content: Annotated[Text, BeforeValidator(_joined_text)]
+    name: Text | None = None  # for templates that show it
 
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, body: object) -> object:
-        return _without_neutral(body, NEUTRAL_MESSAGE_FIELDS)
+        return without_neutral(body, NEUTRAL_MESSAGE_FIELDS)
 
     def for_template(self) -> dict[str, str]:
         """Return the message as templates know it, where `developer` is called `system`."""
@@ -127,7 +94,7 @@ class ChatMessage(_Strict):
         return {"role": role, "content": self.content} | ({"name": self.name} if self.name is not None else {})
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream carries besides text."""
 
     include_usage: bool = False
@@ -149,7 +116,7 @@ def _token_id(key: object) -> object:
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class _GenerationBody(_Strict):
+class _GenerationBody(Strict):
     """What both endpoints have in common."""
 
     model: str
@@ -174,7 +141,7 @@ class _GenerationBody(_Strict):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        Annotated[list[Annotated[_Text, Field(min_length=1)]], Field(max_length=_MAX_STOP_STRINGS)] | None,
+        Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=_MAX_STOP_STRINGS)] | None,
         BeforeValidator(_as_list),
     ] = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOP_TOKENS)] | None = None
@@ -184,7 +151,7 @@ class _GenerationBody(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, body: object) -> object:
-        return _without_neutral(body, NEUTRAL_FIELDS)
+        return without_neutral(body, NEUTRAL_FIELDS)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -267,7 +234,7 @@ def _only_prompt(prompt: object) -> object:
 
 def _is_prompt(prompt: Any) -> str | list[int]:
     if isinstance(prompt, str):
-        return _refuse_surrogates(prompt)
+        return refuse_surrogates(prompt)
     if isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt):
         return prompt
     raise RequestInvalid("prompt must be a string or a list of token ids")

@@ -1,10 +1,9 @@
 """POST /v1/chat/completions, POST /v1/completions, GET /v1/models."""
 
-import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Final
 
 import msgspec
@@ -16,6 +15,7 @@ from octavo_engine.answer import TextDelta
 from octavo_engine.errors import OctavoError, RequestInvalid
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.server.dependencies import Admission, CurrentService
+from octavo_engine.server.disconnect import unless_gone
 from octavo_engine.server.envelope import describe
 from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
 from octavo_engine.server.openai.replies import ChatReply, Choice, CompletionReply, Reply, Usage
@@ -116,7 +116,7 @@ async def _answer(
         return StreamingResponse(
             answers.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
-    whole = await _unless_gone(request, answers.whole())
+    whole = await unless_gone(request, answers.whole())
     return Response(status_code=_CLIENT_GONE) if whole is None else JSONResponse(whole)
 
 
@@ -188,20 +188,3 @@ class _Answers:
 
 def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
-    """Do the work, or give it up and return None when the client leaves."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
