@@ -29,6 +29,7 @@ class TokenText:
 
     text: bytes  # what it stands for: a part of a character, maybe
     logprob: float
+    token_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Answer:
         stop: strings that end the text, looked for in the text of the tokens after the first `min_tokens`.
         include_stop: what ended the text (a stop string or a stop token) is part of it.
         min_tokens: as SamplingParams.
+        show_control: control tokens are text too.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class Answer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        show_control: bool = False,
     ) -> None:
         self.has_ended = False
         self._choice = choice
         self._token_bytes = tokenizer.token_bytes
-        self._detokenizer = Detokenizer(tokenizer.token_bytes, tokenizer.control_ids)
+        self._detokenizer = Detokenizer(tokenizer.token_bytes, () if show_control else tokenizer.control_ids)
         self._stop = StopStrings(stop, include=include_stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -128,8 +131,8 @@ class Answer:
 
     def _as_text(self, token_id: int, logprobs: TokenLogprobs) -> TextLogprobs:
         return TextLogprobs(
-            TokenText(self._bytes(token_id), logprobs.logprob),
-            tuple(TokenText(self._bytes(other), logprob) for other, logprob in logprobs.top),
+            TokenText(self._bytes(token_id), logprobs.logprob, token_id),
+            tuple(TokenText(self._bytes(other), logprob, other) for other, logprob in logprobs.top),
             self._num_characters,
         )
 

@@ -39,6 +39,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()  # strings that end the text, from sampling.min_tokens tokens on
     include_stop: bool = False  # what ended the text (stop string or stop token) is part of it
     num_choices: int = 1  # answers to generate
+    show_control: bool = False  # control tokens are part of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,37 +76,48 @@ class LanguageModel:
         self._tokenizer = text.tokenizer
         self._template = text.template
 
-    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Message], *, must_fit: bool = True) -> list[int]:
         """Return the prompt for the next assistant message. Control tokens in messages are ordinary text.
 
         Raises:
-            RequestInvalid: the template refuses the messages, or the prompt is too long.
+            RequestInvalid: the template refuses the messages, or the prompt is too long (without `must_fit`: far too
+                long, as can be told without reading it).
         """
         if self._template is None:
             raise RequestInvalid(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
-        return await self._encode(self._template.render(messages), "messages")
+        return await self._encode(self._template.render(messages), "messages", must_fit=must_fit)
 
-    async def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+    async def encode_prompt(
+        self, prompt: str | Sequence[int], *, adds_special: bool = True, must_fit: bool = True
+    ) -> list[int]:
         """Return the token ids of a raw prompt, in which control tokens count.
+
+        Args:
+            prompt: text or token ids.
+            adds_special: put before and after a text what the model wants there.
+            must_fit: as for `encode_chat`.
 
         Raises:
             RequestInvalid: it is empty, too long, or has ids outside the vocabulary.
         """
         if isinstance(prompt, str):
-            ids = [
-                *self._tokenizer.prompt_prefix_ids,
-                *await self._encode([Segment(prompt, True)], "prompt"),
-                *self._tokenizer.prompt_suffix_ids,
-            ]
+            ids = await self._encode([Segment(prompt, True)], "prompt", must_fit=must_fit)
+            if adds_special:
+                ids = [*self._tokenizer.prompt_prefix_ids, *ids, *self._tokenizer.prompt_suffix_ids]
         else:
             ids = list(prompt)
             self.check_token_ids(ids, "prompt")
-        if not ids:
-            raise RequestInvalid("prompt is empty; it must hold at least one token", param="prompt")
-        self._refuse_overlong(len(ids), "prompt")
+        if must_fit:
+            if not ids:
+                raise RequestInvalid("prompt is empty; it must hold at least one token", param="prompt")
+            self._refuse_overlong(len(ids), "prompt")
         return ids
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, in which control tokens are written out."""
+        return b"".join(self._tokenizer.token_bytes[token_id] for token_id in token_ids).decode(errors="replace")
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Refuse ids outside the vocabulary."""
@@ -146,6 +158,7 @@ class LanguageModel:
                 stop=request.stop,
                 include_stop=request.include_stop,
                 min_tokens=request.sampling.min_tokens,
+                show_control=request.show_control,
             )
             for choice in range(request.num_choices)
         ]
@@ -169,7 +182,7 @@ class LanguageModel:
                 if not num_living:
                     return
 
-    async def _encode(self, segments: Sequence[Segment], param: str) -> list[int]:
+    async def _encode(self, segments: Sequence[Segment], param: str, *, must_fit: bool) -> list[int]:
         num_characters = sum(len(segment.text) for segment in segments)
         # No token stands for more than so many bytes, so that a flood of text is refused without tokenising it.
         fewest = sum(len(segment.text.encode()) for segment in segments) // self._tokenizer.max_token_bytes
@@ -178,7 +191,8 @@ class LanguageModel:
             ids = await asyncio.to_thread(self._tokenizer.encode, segments)
         else:
             ids = self._tokenizer.encode(segments)
-        self._refuse_overlong(len(ids), param)
+        if must_fit:
+            self._refuse_overlong(len(ids), param)
         return ids
 
     def _refuse_overlong(self, num_tokens: int, param: str, *, at_least: bool = False) -> None:

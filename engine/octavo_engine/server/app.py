@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 import octavo_engine
 from octavo_engine.server import envelope, health
-from octavo_engine.server.openai import routes
+from octavo_engine.server.openai import routes, tokens
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,6 +34,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(health.router)
     app.include_router(routes.router)
+    app.include_router(tokens.router)
     envelope.install(app)
     app.add_middleware(_EveryRequest, service=service)
     return app

@@ -1,6 +1,8 @@
 """What the bodies of all requests have in common, whoever's API they are of: unknown fields are refused by name."""
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -8,19 +10,33 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from octavo_engine.errors import RequestInvalid
 
 
-def only(*values: object) -> Callable[[object], bool]:
+@dataclass(frozen=True, slots=True)
+class Neutral:
+    """A field that is accepted where it asks for nothing; null always does."""
+
+    accepts: Callable[[object], bool]
+    values: str  # what is accepted besides null, as JSON; empty: nothing is
+    instead: str  # the way out for who asks for more; may be empty
+
+
+def only(*values: object, instead: str = "") -> Neutral:
     """Accept exactly these values, where False is not 0."""
-    return lambda value: any(
-        value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values
+    return Neutral(
+        lambda value: any(
+            value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values
+        ),
+        ", ".join(json.dumps(value) for value in values),
+        instead,
     )
 
 
-def of_kind(kind: type) -> Callable[[object], bool]:
+def of_kind(kind: type) -> Neutral:
     """Accept whatever is of this type."""
-    return lambda value: isinstance(value, kind)
+    names = {dict: "any object", str: "any string", bool: "true, false"}
+    return Neutral(lambda value: isinstance(value, kind), names.get(kind, f"any {kind.__name__}"), "")
 
 
-def without_neutral(body: object, neutral: Mapping[str, Callable[[object], bool]]) -> object:
+def without_neutral(body: object, neutral: Mapping[str, Neutral]) -> object:
     """Drop the fields that ask for nothing: null, or a value that `neutral` accepts.
 
     Raises:
@@ -29,8 +45,11 @@ def without_neutral(body: object, neutral: Mapping[str, Callable[[object], bool]
     if not isinstance(body, dict):
         return body
     for name in body.keys() & neutral.keys():
-        if body[name] is not None and not neutral[name](body[name]):
-            raise RequestInvalid("this server does not support the value given", param=name)
+        field = neutral[name]
+        if body[name] is not None and not field.accepts(body[name]):
+            accepted = f"null, {field.values}" if field.values else "null"
+            way_out = f"; {field.instead}" if field.instead else ""
+            raise RequestInvalid(f"the value given is not supported, only {accepted}{way_out}", param=name)
     return {name: value for name, value in body.items() if name not in neutral}
 
 

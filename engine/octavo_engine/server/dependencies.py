@@ -1,6 +1,6 @@
 """What routes need of the service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -16,9 +16,10 @@ def _current_service(request: Request) -> Service:
 CurrentService = Annotated[Service, Depends(_current_service)]
 
 
-async def _admission(service: CurrentService) -> AsyncIterator[None]:
-    with service.admission():
-        yield
+async def _admission(service: CurrentService) -> AsyncIterator[Callable[[int], None]]:
+    with service.admission() as admit:
+        yield admit
 
 
-Admission = Depends(_admission)  # for routes that generate: until the response has ended, a stream's last byte included
+# For routes that generate: until the response has ended, a stream's last byte included. What it gives admits more.
+Admission = Annotated[Callable[[int], None], Depends(_admission)]

@@ -23,7 +23,7 @@ from octavo_engine.server.metrics import FinishedReason, Metrics
 from octavo_engine.store.pull import pull
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from octavo_engine.answer import TextDelta
     from octavo_engine.client import Spawn
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from octavo_engine.generation import GenerationRequest
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
+
+    Admit = Callable[[int], None]  # raises NotServing
 
 RETRY_SECONDS: Final = 5  # what clients are told when another moment, or another replica, will do
 _DRAIN_POLL_SECONDS: Final = 0.1
@@ -70,7 +72,7 @@ class Service:
         self._client: EngineClient | None = None
         self._model: LanguageModel | None = None
         self.num_in_flight = 0
-        self._num_admitted = 0  # requests for generation among them
+        self.num_admitted = 0  # requests for generation among them
         self._idle = asyncio.Event()
 
     async def run(self) -> None:
@@ -163,37 +165,45 @@ class Service:
                 self._idle.set()
 
     @contextlib.contextmanager
-    def admission(self) -> Iterator[None]:
+    def admission(self) -> Iterator[Admit]:
         """Let a request for generation in, before anything is done for it, and count it until its response has ended.
+
+        Yields what lets in further ones that came with it, several prompts in one body; all of them or none.
 
         Raises:
             NotServing: the queue is full. This, and any other that comes from inside, is counted.
         """
+        num_admitted = 0
+
+        def admit(count: int) -> None:
+            nonlocal num_admitted
+            self._refuse_overflow(count)
+            num_admitted += count
+            self.num_admitted += count
+
         try:
-            self._refuse_overflow()
-            self._num_admitted += 1
-            try:
-                yield
-            finally:
-                self._num_admitted -= 1
+            admit(1)
+            yield admit
         except NotServing as refusal:
             self.metrics.on_rejected(refusal.reason)
             raise
+        finally:
+            self.num_admitted -= num_admitted
 
     def refusal_while_draining(self) -> NotServing:
         """What new requests are told, and counted as, while the server shuts down."""
         self.metrics.on_rejected("draining")
         return NotServing(self.readiness.reason, reason="draining", retry_after=RETRY_SECONDS)
 
-    def _refuse_overflow(self) -> None:
+    def _refuse_overflow(self, count: int) -> None:
         # While nothing waits in the engine, all its seats can be taken; otherwise as many are as it has memory for.
         stats = self._client.stats if self._client is not None else None
         num_seats = stats.num_running if stats and stats.num_waiting else self.config.engine.max_num_seqs
         limit = self.config.queue_limit
-        if self._num_admitted >= num_seats + limit:
+        if self.num_admitted + count > num_seats + limit:
             raise NotServing(
-                f"the queue is full: {self._num_admitted - num_seats} requests wait already, and --max-num-queued-reqs "
-                f"is {limit}. Try again later",
+                f"the queue is full: {max(0, self.num_admitted - num_seats)} requests wait already, and "
+                f"--max-num-queued-reqs is {limit}. Try again later",
                 reason="queue_full",
                 retry_after=RETRY_SECONDS,
             )

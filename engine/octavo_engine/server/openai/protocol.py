@@ -1,62 +1,30 @@
 """The bodies of OpenAI's requests. Every field works, is accepted where it asks for nothing, or is refused by name.
 
+What has no field here is in fields.py, or unknown. docs/api.md is the list for users.
+
 Field names and meanings: OpenAI's API reference; top_k, min_p, repetition_penalty, min_tokens, stop_token_ids,
-include_stop_str_in_output and ignore_eos are vLLM's.
+include_stop_str_in_output, skip_special_tokens, return_tokens_as_token_ids, request_id, ignore_eos and
+continuous_usage_stats are vLLM's.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeGuard
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.plan import SamplingParams
-from octavo_engine.server.body import Strict, Text, of_kind, only, refuse_surrogates, without_neutral
+from octavo_engine.server.body import Strict, Text, refuse_surrogates, without_neutral
+from octavo_engine.server.openai.fields import NEUTRAL_FIELDS, NEUTRAL_MESSAGE_FIELDS
 
 _COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's and vLLM's default for /v1/completions
 
 _MAX_STOP_STRINGS: Final = 4  # OpenAI's limit
+_MAX_STOP_CHARACTERS: Final = 1000  # of one; each new piece of text is compared with all of them
 _MAX_STOP_TOKENS: Final = 256
+_MAX_PROMPTS: Final = 1024
 _MAX_CHOICES: Final = 128  # OpenAI's limit
 _MAX_BIASED_TOKENS: Final = 1024
 _MAX_TOP_LOGPROBS: Final = 20  # OpenAI's limit for chats; vLLM's for both
-
-
-# Fields that SDKs and frameworks send, at the values at which they ask for nothing. null always asks for nothing.
-NEUTRAL_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
-    "audio": only(),
-    "best_of": only(1),
-    "echo": only(False),
-    "function_call": only("none", "auto"),
-    "functions": only([]),
-    "metadata": of_kind(dict),
-    "modalities": only(["text"]),
-    "parallel_tool_calls": of_kind(bool),
-    "prediction": only(),
-    "prompt_cache_key": of_kind(str),
-    "prompt_cache_retention": of_kind(str),
-    "reasoning_effort": only("none"),
-    "response_format": only({"type": "text"}),
-    "safety_identifier": of_kind(str),
-    "service_tier": only("auto", "default"),
-    "skip_special_tokens": only(True),
-    "store": only(False),
-    "suffix": only(""),
-    "tool_choice": only("none", "auto"),
-    "tools": only([]),
-    "user": of_kind(str),
-    "verbosity": only("medium"),
-    "web_search_options": only(),
-}
-
-# The same for the messages that clients send back as history.
-NEUTRAL_MESSAGE_FIELDS: Final[Mapping[str, Callable[[object], bool]]] = {
-    "annotations": only([]),
-    "audio": only(),
-    "function_call": only(),
-    "refusal": only(),
-    "tool_calls": only([]),
-}
 
 
 def _joined_text(content: object) -> object:
@@ -99,7 +67,7 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None  # with include_usage: every chunk tells the usage so far
 
 
 def _as_list(stop: object) -> object:
@@ -113,6 +81,7 @@ def _token_id(key: object) -> object:
     raise RequestInvalid(f"the key {str(key)[:20]!r} is not a token id")
 
 
+_StopString = Annotated[Text, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -141,12 +110,14 @@ class _GenerationBody(Strict):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=_MAX_STOP_STRINGS)] | None,
-        BeforeValidator(_as_list),
+        Annotated[list[_StopString], Field(max_length=_MAX_STOP_STRINGS)] | None, BeforeValidator(_as_list)
     ] = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None  # False: control tokens are part of the text
+    return_tokens_as_token_ids: bool | None = None  # in logprobs, tokens are written as token_id:ID
+    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # a part of the response's id
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +134,11 @@ class _GenerationBody(Strict):
     def include_usage(self) -> bool:
         """Whether the stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of the stream tells the usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -223,29 +199,43 @@ class ChatCompletionRequest(_GenerationBody):
         return self
 
 
-def _only_prompt(prompt: object) -> object:
-    """A list of one prompt is that prompt: frameworks send it so."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > 1:
-            raise RequestInvalid("a list of prompts is not supported; send one request for each")
-        return prompt[0]
-    return prompt
+def is_token_ids(value: object) -> TypeGuard[list[int]]:
+    """Whether a part of a body is a list of numbers; True is none."""
+    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
 
 
-def _is_prompt(prompt: Any) -> str | list[int]:
+def _as_prompts(prompt: object) -> list[str | list[int]]:
+    """Several prompts are a list; one of them stands for a list of one."""
+    prompts = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
+    if len(prompts) > _MAX_PROMPTS:
+        raise RequestInvalid(f"there are {len(prompts)} prompts; send at most {_MAX_PROMPTS} in a request")
+    return [_as_prompt(one) for one in prompts]
+
+
+def _as_prompt(prompt: object) -> str | list[int]:
     if isinstance(prompt, str):
         return refuse_surrogates(prompt)
-    if isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt):
+    if is_token_ids(prompt):
         return prompt
-    raise RequestInvalid("prompt must be a string or a list of token ids")
+    raise RequestInvalid("prompt must be a string, a list of token ids, or a list of these")
 
 
 class CompletionRequest(_GenerationBody):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[Any, AfterValidator(_is_prompt), BeforeValidator(_only_prompt)]
+    prompt: Annotated[Any, AfterValidator(_as_prompts)]  # list[str | list[int]]
+    echo: bool | None = None  # the prompt is the beginning of the text
     max_tokens: Annotated[int, Field(ge=1)] | None = _COMPLETION_MAX_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise RequestInvalid(
+                "echo with logprobs asks for those of the prompt, which this server does not compute; leave out one",
+                param="echo",
+            )
+        return self
 
     @property
     def num_logprobs(self) -> int | None:

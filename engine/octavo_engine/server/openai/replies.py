@@ -61,9 +61,15 @@ class Reply(Protocol):
 
 
 class ChatReply:
-    """chat.completion and chat.completion.chunk."""
+    """chat.completion and chat.completion.chunk.
 
-    def __init__(self, request_id: str, created: int, model: str) -> None:
+    Args:
+        request_id, created, model: as they are in every chunk.
+        as_ids: logprobs name tokens by their ids.
+    """
+
+    def __init__(self, request_id: str, created: int, model: str, *, as_ids: bool = False) -> None:
+        self._as_ids = as_ids
         self._head = {"id": request_id, "object": "chat.completion", "created": created, "model": model}
         self._chunk_head = self._head | {"object": "chat.completion.chunk"}
 
@@ -73,7 +79,7 @@ class ChatReply:
             {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": _chat_logprobs(choice.logprobs),
+                "logprobs": _chat_logprobs(choice.logprobs, as_ids=self._as_ids),
                 "finish_reason": choice.finish_reason,
             }
             for choice in choices
@@ -100,25 +106,38 @@ class ChatReply:
         body = {
             "index": choice.index,
             "delta": delta,
-            "logprobs": _chat_logprobs(choice.logprobs),
+            "logprobs": _chat_logprobs(choice.logprobs, as_ids=self._as_ids),
             "finish_reason": choice.finish_reason,
         }
         return self._chunk_head | {"choices": [body]}
 
 
 class CompletionReply:
-    """text_completion, whole and in chunks."""
+    """text_completion, whole and in chunks.
 
-    def __init__(self, request_id: str, created: int, model: str) -> None:
+    Args:
+        request_id, created, model: as they are in every chunk.
+        as_ids: logprobs name tokens by their ids.
+        echoes: by choice, the prompt that its text shall begin with; empty: none shall.
+    """
+
+    def __init__(
+        self, request_id: str, created: int, model: str, *, as_ids: bool = False, echoes: Sequence[str] = ()
+    ) -> None:
+        self._as_ids = as_ids
+        self._echoes = echoes
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The answers in one piece."""
-        return self._head | {"choices": [self._choice(choice) for choice in choices], "usage": usage.body()}
+        bodies = [self._choice(choice) for choice in choices]
+        for body, echo in zip(bodies, self._echoes, strict=False):
+            body["text"] = echo + body["text"]
+        return self._head | {"choices": bodies, "usage": usage.body()}
 
-    def opening(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002 - as Reply has it
-        """Nothing comes before the text."""
-        return []
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """The prompt, where it is asked for."""
+        return [self.piece(Choice(index, self._echoes[index]))] if self._echoes else []
 
     def piece(self, choice: Choice) -> dict[str, Any]:
         """A chunk of text."""
@@ -136,41 +155,49 @@ class CompletionReply:
         return {
             "index": choice.index,
             "text": choice.text,
-            "logprobs": _completion_logprobs(choice.logprobs),
+            "logprobs": _completion_logprobs(choice.logprobs, as_ids=self._as_ids),
             "finish_reason": choice.finish_reason,
         }
 
 
-def _chat_logprobs(logprobs: Sequence[TextLogprobs] | None) -> dict[str, Any] | None:
+def _chat_logprobs(logprobs: Sequence[TextLogprobs] | None, *, as_ids: bool) -> dict[str, Any] | None:
     if logprobs is None:
         return None
     content = [
-        _chat_token(entry.token) | {"top_logprobs": [_chat_token(token) for token in entry.top]} for entry in logprobs
+        _chat_token(entry.token, as_ids=as_ids)
+        | {"top_logprobs": [_chat_token(token, as_ids=as_ids) for token in entry.top]}
+        for entry in logprobs
     ]
     return {"content": content, "refusal": None}
 
 
-def _chat_token(token: TokenText) -> dict[str, Any]:
+def _chat_token(token: TokenText, *, as_ids: bool) -> dict[str, Any]:
     return {
-        "token": token.text.decode(errors="replace"),
+        "token": _id_name(token) if as_ids else token.text.decode(errors="replace"),
         "logprob": max(token.logprob, _LOWEST_LOGPROB),
         "bytes": list(token.text),
     }
 
 
-def _completion_logprobs(logprobs: Sequence[TextLogprobs] | None) -> dict[str, Any] | None:
+def _completion_logprobs(logprobs: Sequence[TextLogprobs] | None, *, as_ids: bool) -> dict[str, Any] | None:
     if logprobs is None:
         return None
+    name = _id_name if as_ids else _name
     return {
-        "tokens": [_name(entry.token) for entry in logprobs],
+        "tokens": [name(entry.token) for entry in logprobs],
         "token_logprobs": [max(entry.token.logprob, _LOWEST_LOGPROB) for entry in logprobs],
         # The token itself is there too, whether it is among the most likely or not.
         "top_logprobs": [
-            {_name(token): max(token.logprob, _LOWEST_LOGPROB) for token in (*entry.top, entry.token)}
+            {name(token): max(token.logprob, _LOWEST_LOGPROB) for token in (*entry.top, entry.token)}
             for entry in logprobs
         ],
         "text_offset": [entry.offset for entry in logprobs],
     }
+
+
+def _id_name(token: TokenText) -> str:
+    """A token as vLLM's return_tokens_as_token_ids writes it."""
+    return f"token_id:{token.token_id}"
 
 
 def _name(token: TokenText) -> str:

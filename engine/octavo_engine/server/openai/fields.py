@@ -1,0 +1,78 @@
+"""What fields of a request ask for nothing, and what to do instead of the ones that are not supported.
+
+protocol.py has the fields that work. A field that is neither there nor here is unknown, and refused by name too. A test
+holds docs/api.md to these tables, and these to the fields of OpenAI's client and of vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from octavo_engine.server.body import of_kind, only
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from octavo_engine.server.body import Neutral
+
+_BEAM: Final = "this server samples; ask for several answers by n"
+_RAW_PROMPT: Final = "render the prompt yourself and send it to /v1/completions"
+
+# Fields that SDKs and frameworks send, at the values at which they ask for nothing.
+NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
+    "add_special_tokens": only(instead="the chat template alone writes control tokens; " + _RAW_PROMPT),
+    "allowed_token_ids": only(),
+    "audio": only(),
+    "bad_words": only([], instead="give their tokens a bias of -100 in logit_bias"),
+    "best_of": only(1, instead="ask for n answers and choose among them by logprobs"),
+    "cache_salt": only(instead="--no-enable-prefix-caching keeps requests from sharing anything"),
+    "chat_template": only(instead="the model's own template is used; " + _RAW_PROMPT),
+    "documents": only([], instead="put them into a message"),
+    "function_call": only("none", "auto"),
+    "functions": only([]),
+    "include_reasoning": only(True),
+    "kv_transfer_params": only(),
+    "length_penalty": only(1, instead=_BEAM),
+    "logits_processors": only([]),
+    "media_io_kwargs": only({}),
+    "metadata": of_kind(dict),
+    "mm_processor_kwargs": only({}),
+    "modalities": only(["text"]),
+    "moderation": only(),
+    "parallel_tool_calls": of_kind(bool),
+    "prediction": only(instead="leave it out: the answer is the same without"),
+    "priority": only(0, instead="requests are served in the order in which they come"),
+    "prompt_cache_key": of_kind(str),
+    "prompt_cache_options": only(),
+    "prompt_cache_retention": of_kind(str),
+    "prompt_embeds": only(),
+    "prompt_logprobs": only(instead="logprobs tells those of the answer"),
+    "reasoning_effort": only("none"),
+    "repetition_detection": only(),
+    "response_format": only({"type": "text"}),
+    "return_token_ids": only(False, instead="logprobs with return_tokens_as_token_ids tells the ids"),
+    "safety_identifier": of_kind(str),
+    "service_tier": only("auto", "default"),
+    "spaces_between_special_tokens": of_kind(bool),
+    "store": only(False, instead="nothing is stored here"),
+    "structured_outputs": only(),
+    "suffix": only("", instead="write the prompt with the model's own tokens for filling in the middle"),
+    "thinking_token_budget": only(),
+    "tool_choice": only("none", "auto"),
+    "tools": only([]),
+    "truncate_prompt_tokens": only(instead="nothing is ever cut from a prompt here: shorten it yourself"),
+    "use_beam_search": only(False, instead=_BEAM),
+    "user": of_kind(str),
+    "verbosity": only("medium"),
+    "vllm_xargs": only({}),
+    "web_search_options": only(),
+}
+
+# The same for the messages that clients send back as history.
+NEUTRAL_MESSAGE_FIELDS: Final[Mapping[str, Neutral]] = {
+    "annotations": only([]),
+    "audio": only(),
+    "function_call": only(),
+    "refusal": only(),
+    "tool_calls": only([]),
+}
