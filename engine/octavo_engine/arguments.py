@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import re
@@ -64,6 +65,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     serve = add("serve", "serve a model over HTTP", log_level=logging.INFO, epilog=_ENVIRONMENT_HELP)
     _add_model(serve)
     _add_server_options(serve)
+    _add_access_options(serve)
     _add_engine_options(serve)
 
     run = add("run", "talk to a model on the terminal", epilog=_ENVIRONMENT_HELP)
@@ -169,6 +171,46 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="what running requests get to finish after SIGTERM (default: %(default)g seconds)",
     )
     _add_termination_log(group)
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        type=_api_key,
+        default=[],
+        metavar="KEY",
+        help="accept this key, and no request without one; may be given several times; others on this machine can see "
+        "it (default: none is needed)",
+    )
+    group.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="PATH",
+        help="accept the keys in this file too, one a line; it is read again when it changes (default: none)",
+    )
+    group.add_argument(
+        "--api-key-for-all",
+        action="store_true",
+        help="/health, /ready, /metrics and /version need a key too (default: they stay open)",
+    )
+    group.add_argument(
+        "--allowed-origins",
+        type=_origins,
+        default=(),
+        metavar="JSON",
+        help='web pages that may call this server (CORS), as a JSON list of their origins; ["*"]: any (default: none)',
+    )
+    for name, what in (
+        ("certfile", "PEM file with the certificate for HTTPS and its chain (default: HTTP)"),
+        ("keyfile", "PEM file with the certificate's private key (default: it is in --ssl-certfile)"),
+        (
+            "ca-certs",
+            "PEM file with authorities; clients must have a certificate of one (default: none needed)",
+        ),
+    ):
+        group.add_argument(f"--ssl-{name}", type=Path, metavar="PATH", help=what)
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -326,6 +368,22 @@ def size(text: str) -> int:
     if not 1 <= num_bytes < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 1 byte to 8 EiB")
     return num_bytes
+
+
+def _api_key(text: str) -> str:
+    if not text.isascii() or not text.isprintable() or text != text.strip() or not text:
+        raise argparse.ArgumentTypeError("a key has printable ASCII characters and no space at its ends")
+    return text
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    try:
+        origins = json.loads(text)
+    except ValueError:
+        origins = None
+    if not isinstance(origins, list) or not origins or not all(isinstance(origin, str) for origin in origins):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of origins such as ["https://example.com"]')
+    return tuple(origins)
 
 
 def _or_auto(read: Callable[[str], int]) -> Callable[[str], int | None]:

@@ -69,6 +69,13 @@ def _serve(options: argparse.Namespace) -> None:
         max_num_queued_reqs=options.max_num_queued_reqs,
         shutdown_timeout=options.shutdown_timeout,
         termination_log=options.termination_log,
+        api_key=tuple(options.api_key),
+        api_key_file=options.api_key_file,
+        api_key_for_all=options.api_key_for_all,
+        allowed_origins=options.allowed_origins,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+        ssl_ca_certs=options.ssl_ca_certs,
     )
     serve(config, location, _hub(os.environ))
 

@@ -6,7 +6,7 @@ longest context) is a separate object: sizing.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - msgspec resolves annotations at run time
 from typing import Literal
 
@@ -60,6 +60,19 @@ class ServerConfig:
     max_num_queued_reqs: int | None = None  # requests that may wait to be scheduled; None: four for each running one
     shutdown_timeout: float = 300.0  # seconds that running requests get to finish after SIGTERM
     termination_log: Path | None = None  # where a refusal to start is written as JSON for the operator
+    api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them is accepted; with those of the file
+    api_key_file: Path | None = None  # one key a line; read again when it changes. No keys at all: none is needed
+    api_key_for_all: bool = False  # /health, /ready, /metrics and /version need a key too
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server (CORS); "*": any
+    ssl_keyfile: Path | None = None  # PEM, like the other two; with ssl_certfile: HTTPS
+    ssl_certfile: Path | None = None
+    ssl_ca_certs: Path | None = None  # clients must present a certificate of one of these authorities
+
+    def __post_init__(self) -> None:
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise ConfigError("--ssl-keyfile and --ssl-ca-certs have no effect without --ssl-certfile: give it too")
+        if self.api_key_for_all and not self.api_key and self.api_key_file is None:
+            raise ConfigError("--api-key-for-all has no effect without --api-key or --api-key-file: give one too")
 
     @property
     def queue_limit(self) -> int:

@@ -27,6 +27,13 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
     "--max-num-queued-reqs": (None, "0", 0, {"-1": "not a whole number of at least 0"}),
     "--shutdown-timeout": (300.0, "1.5", 1.5, {"nan": "not a number from 0 to 86400", "-1": "not a number"}),
     "--termination-log": (None, "log.json", Path("log.json"), {}),
+    "--api-key": ([], "k", ["k"], {"": "a key has printable", " k": "a key has printable", "\u00e9": "a key has"}),
+    "--api-key-file": (None, "keys", Path("keys"), {}),
+    "--api-key-for-all": (False, None, True, {}),
+    "--allowed-origins": ((), '["*"]', ("*",), {"*": "'*' is not a JSON list of origins", "[]": "not a JSON list"}),
+    "--ssl-certfile": (None, "c.pem", Path("c.pem"), {}),
+    "--ssl-keyfile": (None, "k.pem", Path("k.pem"), {}),
+    "--ssl-ca-certs": (None, "a.pem", Path("a.pem"), {}),
     "--revision": (None, "v1", "v1", {}),
     "--dtype": ("auto", "float16", "float16", {"int3": "invalid choice: 'int3'"}),
     "--quantization": (

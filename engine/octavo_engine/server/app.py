@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Final
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import octavo_engine
 from octavo_engine.server import envelope, health
+from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
 from octavo_engine.server.openai import routes, tokens
 
 if TYPE_CHECKING:
@@ -29,13 +31,29 @@ _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def create_app(service: Service) -> FastAPI:
-    """Return the application."""
+    """Return the application.
+
+    Raises:
+        ConfigError: the file of API keys cannot be read.
+    """
     app = FastAPI(title="Octavo", version=octavo_engine.__version__)
     app.state.service = service
     app.include_router(health.router)
     app.include_router(routes.router)
     app.include_router(tokens.router)
     envelope.install(app)
+    config = service.config
+    if keys := ApiKeys(config.api_key, config.api_key_file):
+        open_paths = frozenset[str]() if config.api_key_for_all else OPEN_PATHS
+        app.add_middleware(RequireApiKey, keys=keys, open_paths=open_paths)
+    if config.allowed_origins:  # around the keys: a browser asks whether it may call before it sends one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
     app.add_middleware(_EveryRequest, service=service)
     return app
 

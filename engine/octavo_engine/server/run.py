@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -39,7 +40,8 @@ def serve(config: ServerConfig, location: Location, hub: Hub) -> None:
     """Serve until a signal comes, then drain.
 
     Raises:
-        UserError: the model cannot be served, or the address cannot be listened on.
+        UserError: the model cannot be served, the address cannot be listened on, or a file with keys or certificates
+            cannot be used.
         EngineDead: the engine process ended by itself.
     """
     with listen(config.host, config.port) as sock:
@@ -51,9 +53,9 @@ async def _serve(config: ServerConfig, location: Location, hub: Hub, sock: socke
 
 
 async def run_service(service: Service, sock: socket.socket) -> None:
-    """Serve on a listening socket until a signal comes, then drain. Raises as `serve` does."""
+    """Serve on a listening socket until a signal comes, then drain. Raises as `serve` does, ConfigError included."""
     server = _Server(service)
-    _log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+    _log.info("listening on %s://%s:%d", "https" if server.config.is_ssl else "http", *sock.getsockname()[:2])
     listening = asyncio.create_task(server.serve(sockets=[sock]))
     working = asyncio.create_task(service.run())
     try:
@@ -83,16 +85,24 @@ class _Server(uvicorn.Server):
     """uvicorn, which on its own would close the socket at the first signal."""
 
     def __init__(self, service: Service) -> None:
-        super().__init__(
-            uvicorn.Config(
-                create_app(service),
-                http=Connection,
-                log_config=None,
-                access_log=False,  # service.py logs each generation; probes are not worth a line
-                lifespan="off",
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            )
+        options = service.config
+        config = uvicorn.Config(
+            create_app(service),
+            http=Connection,
+            log_config=None,
+            access_log=False,  # service.py logs each generation; probes are not worth a line
+            lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_ca_certs=None if options.ssl_ca_certs is None else str(options.ssl_ca_certs),
+            ssl_cert_reqs=ssl.CERT_NONE if options.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         )
+        try:
+            config.load()
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"--ssl-certfile, --ssl-keyfile and --ssl-ca-certs do not work: {error}") from error
+        super().__init__(config)
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
