@@ -32,6 +32,9 @@ PATHS: Final = {  # by the kind's name for kubectl
     "ois": f"apis/{names.API_VERSION}/namespaces/{{}}/{names.PLURAL}",
     "deployment": "apis/apps/v1/namespaces/{}/deployments",
     "service": "api/v1/namespaces/{}/services",
+    "networkpolicy": "apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
+    "poddisruptionbudget": "apis/policy/v1/namespaces/{}/poddisruptionbudgets",
+    "serviceaccount": "api/v1/namespaces/{}/serviceaccounts",
     "hpa": "apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers",
     "pod": "api/v1/namespaces/{}/pods",
 }

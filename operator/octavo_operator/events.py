@@ -35,12 +35,11 @@ class Event:
 
 
 def of_plan(plan: Plan, created: Iterable[Json]) -> list[Event]:
-    """Tell which children were made and which were removed."""
-    made = [
-        Event("Normal", "Created", "Apply", f"created {child['kind']} {child['metadata']['name']}") for child in created
-    ]
-    removed = [Event("Normal", "Deleted", "Delete", f"deleted {child.kind} {child.name}") for child in plan.delete]
-    return made + removed
+    """Tell which children were made and which were removed, an event for each of the two."""
+    made = ", ".join(f"{child['kind']} {child['metadata']['name']}" for child in created)
+    removed = ", ".join(f"{child.kind} {child.name}" for child in plan.delete)
+    happened = [Event("Normal", "Created", "Apply", f"created {made}")] if made else []
+    return [*happened, Event("Normal", "Deleted", "Delete", f"deleted {removed}")] if removed else happened
 
 
 def of_transition(previous: Json, status: Json) -> list[Event]:

@@ -76,3 +76,18 @@ def cluster_service(service: str) -> str:
 def autoscaler(service: str) -> str:
     """The name of the HorizontalPodAutoscaler."""
     return service
+
+
+def disruption_budget(service: str) -> str:
+    """The name of the PodDisruptionBudget."""
+    return service
+
+
+def network_policy(service: str) -> str:
+    """The name of the NetworkPolicy."""
+    return service
+
+
+def service_account(service: str) -> str:
+    """The name of the pods' ServiceAccount: not the service's, because every namespace has a `default` already."""
+    return f"{service}-engine"

@@ -24,7 +24,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
-    """A live Deployment, Service or HorizontalPodAutoscaler."""
+    """A live object of one of the kinds that the operator makes."""
 
     service: Key  # the InferenceService that its label names
     kind: str

@@ -40,7 +40,13 @@ INFERENCE_SERVICE: Final = Resource(names.API_VERSION, names.KIND, names.PLURAL)
 DEPLOYMENT: Final = Resource("apps/v1", "Deployment", "deployments")
 SERVICE: Final = Resource("v1", "Service", "services")
 AUTOSCALER: Final = Resource("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
+SERVICE_ACCOUNT: Final = Resource("v1", "ServiceAccount", "serviceaccounts")
+DISRUPTION_BUDGET: Final = Resource("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
+NETWORK_POLICY: Final = Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
 POD: Final = Resource("v1", "Pod", "pods")
 EVENT: Final = Resource("events.k8s.io/v1", "Event", "events")
 
-CHILDREN: Final = {resource.kind: resource for resource in (DEPLOYMENT, SERVICE, AUTOSCALER)}  # what may be applied
+CHILDREN: Final = {  # what may be applied
+    resource.kind: resource
+    for resource in (SERVICE_ACCOUNT, NETWORK_POLICY, SERVICE, DEPLOYMENT, DISRUPTION_BUDGET, AUTOSCALER)
+}

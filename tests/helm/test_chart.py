@@ -193,14 +193,18 @@ def test_names_that_look_like_numbers_stay_names(template: Template) -> None:
 # Permissions
 
 READ: Final = frozenset({"get", "list", "watch"})
-OWN: Final = READ | {"create", "patch", "delete"}
+KEEP: Final = READ | {"create", "patch"}  # children that every service has go with their owner only
+OWN: Final = KEEP | {"delete"}
 ALLOWED: Final = {
     ("serving.octavo.dev", "inferenceservices"): READ,
     ("serving.octavo.dev", "inferenceservices/status"): {"patch"},
     ("serving.octavo.dev", "inferenceservices/finalizers"): {"update"},
-    ("apps", "deployments"): OWN,
+    ("", "serviceaccounts"): KEEP,
+    ("", "services"): KEEP,
+    ("apps", "deployments"): KEEP,
+    ("networking.k8s.io", "networkpolicies"): KEEP,
+    ("policy", "poddisruptionbudgets"): KEEP,
     ("autoscaling", "horizontalpodautoscalers"): OWN,
-    ("", "services"): OWN,
     ("", "pods"): READ,
     ("events.k8s.io", "events"): {"create"},
 }

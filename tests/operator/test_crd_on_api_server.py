@@ -193,7 +193,10 @@ def test_the_api_server_takes_the_children(server: ApiServer, path: Path) -> Non
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.name.removesuffix(".children.yaml"))
 def test_the_pods_run_where_only_restricted_pods_may(server: ApiServer, path: Path) -> None:
-    (deployment,) = (child for child in yaml.safe_load_all(path.read_text()) if child["kind"] == "Deployment")
+    documents = {child["kind"]: child for child in yaml.safe_load_all(path.read_text())}
+    account, deployment = documents["ServiceAccount"], documents["Deployment"]
+    account["metadata"] = {"name": account["metadata"]["name"], "namespace": NAMESPACE}
+    server.kubectl.apply(account)  # admission asks for it
     template = deployment["spec"]["template"]
     pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "name": "x"}}
     assert dry_run(server, pod) == ""

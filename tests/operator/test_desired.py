@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import given, reject
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -84,6 +84,27 @@ def test_deployment_and_service_select_the_same_pods() -> None:
     selector = spec["Service"]["spec"]["selector"]
     assert selector == spec["Deployment"]["spec"]["selector"]["matchLabels"]
     assert selector.items() <= spec["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_every_child_that_selects_pods_selects_those_of_the_deployment_and_no_others() -> None:
+    spec = rendered(pod={"labels": {"team": "a"}})
+    selector = spec["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert spec["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == selector
+    assert spec["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == selector
+
+
+def test_the_pods_run_as_an_account_of_their_own_and_get_no_token() -> None:
+    children = rendered()
+    assert pod()["serviceAccountName"] == children["ServiceAccount"]["metadata"]["name"]
+    assert (pod()["automountServiceAccountToken"], children["ServiceAccount"]["automountServiceAccountToken"]) == (
+        False,
+        False,
+    )
+
+
+def test_a_drain_takes_one_pod_at_a_time_and_any_that_does_not_serve() -> None:
+    spec = rendered(replicas=3)["PodDisruptionBudget"]["spec"]
+    assert (spec["maxUnavailable"], spec["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
 
 
 def test_without_autoscaling_there_is_no_autoscaler_and_one_replica() -> None:
@@ -174,6 +195,7 @@ def test_every_flag_that_the_operator_renders_is_refused_among_extra_args() -> N
     assert {arg.partition("=")[0] for arg in args} == set(OWNED_FLAGS)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     name=st.from_regex(r"[A-Za-z0-9][-A-Za-z0-9._:/]{0,20}", fullmatch=True),
     path=st.from_regex(r"[-a-z._+]{1,9}(/[-a-z._+]{1,9}){0,2}", fullmatch=True),

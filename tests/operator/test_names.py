@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_operator import names, yaml_text
@@ -13,11 +13,19 @@ def test_the_longest_name_leaves_room_for_that_of_a_pod() -> None:
     assert len(f"{names.deployment(service)}-7d4cf56db6-abcde") == 63
 
 
+def test_the_names_of_children_are_valid_for_the_longest_service() -> None:
+    service = "a" * names.MAX_NAME_LENGTH
+    for name in (names.cluster_service, names.autoscaler, names.disruption_budget, names.network_policy):
+        assert name(service) == service
+    assert len(names.service_account(service)) <= 63
+
+
 def test_the_selector_is_part_of_the_labels_and_reads_as_kubectl_takes_it() -> None:
     assert names.selector("llama").items() <= names.labels("llama").items()
     assert names.selector_text("llama") == "app.kubernetes.io/component=engine,serving.octavo.dev/service=llama"
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text())
 def test_text_survives_yaml(text: str) -> None:
     assert yaml.safe_load(yaml_text.dump([{"key": text}])) == {"key": text}

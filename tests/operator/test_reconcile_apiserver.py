@@ -17,7 +17,14 @@ from octavo_cluster.playground import ENGINE_IMAGE, Playground, eventually
 
 pytestmark = pytest.mark.apiserver
 
-CHILD_KINDS = ("deployment", "service", "hpa")
+CHILDREN = {  # of an elastic service called llama, by their kind's name for kubectl
+    "serviceaccount": "llama-engine",
+    "networkpolicy": "llama",
+    "service": "llama",
+    "deployment": "llama",
+    "poddisruptionbudget": "llama",
+    "hpa": "llama",
+}
 ELASTIC: dict[str, Any] = {"autoscaling": {"maxReplicas": 9}, "resources": {"requests": {"cpu": "1"}}}
 
 
@@ -30,7 +37,8 @@ def ours(child: dict[str, Any]) -> dict[str, Any]:
         if (entry["manager"], entry["operation"]) == ("octavo", "Apply")
     ]
     said = {field: metadata.get(field) for field in ("labels", "annotations", "ownerReferences")}
-    return {**said, "spec": child["spec"], "owned": owned}
+    stated = {field: child.get(field) for field in ("spec", "automountServiceAccountToken")}
+    return {**said, **stated, "owned": owned}
 
 
 def test_children_appear_by_server_side_apply_and_belong_to_the_service(playground: Playground) -> None:
@@ -38,8 +46,8 @@ def test_children_appear_by_server_side_apply_and_belong_to_the_service(playgrou
         playground.apply(**ELASTIC)
         playground.await_ready("Unknown", "Starting")
     uid = playground.there("ois")["metadata"]["uid"]
-    for kind in CHILD_KINDS:
-        metadata = playground.there(kind)["metadata"]
+    for kind, name in CHILDREN.items():
+        metadata = playground.there(kind, name)["metadata"]
         (owner,) = metadata["ownerReferences"]
         assert (owner["kind"], owner["uid"], owner["controller"]) == ("InferenceService", uid, True)
         assert [(entry["manager"], entry["operation"]) for entry in metadata["managedFields"]] == [("octavo", "Apply")]
@@ -88,8 +96,14 @@ def test_events_tell_what_was_made_and_how_ready_changed(playground: Playground)
             return sorted((each["type"], each["reason"], each["message"]) for each in events)
 
         expected = [
-            ("Normal", "Created", "created Deployment llama"),
-            ("Normal", "Created", "created Service llama"),
+            (
+                "Normal",
+                "Created",
+                (
+                    "created ServiceAccount llama-engine, NetworkPolicy llama, Service llama, Deployment llama, "
+                    "PodDisruptionBudget llama"
+                ),
+            ),
             ("Normal", "Ready", "1 of 1 pods serve the model"),
             ("Normal", "Starting", "1 of 1 pods are being started"),
         ]
@@ -107,7 +121,15 @@ def test_a_steady_state_is_not_written_to(playground: Playground) -> None:
         resources = Counter(line["objectRef"]["resource"] for line in playground.audit())
         # The status was written at the start, when the pod was ready, and perhaps once between the two.
         assert 2 <= resources.pop("inferenceservices") <= 3
-        assert resources == {"services": 1, "deployments": 1, "horizontalpodautoscalers": 1, "events": 5}
+        assert resources == {
+            "serviceaccounts": 1,
+            "networkpolicies": 1,
+            "services": 1,
+            "deployments": 1,
+            "poddisruptionbudgets": 1,
+            "horizontalpodautoscalers": 1,
+            "events": 3,
+        }
         reconciles = operator.metric('octavo_reconciles_total{result="ok"}')
         playground.kubectl("label", "ois", "llama", "team=a")
         operator.rest(reconciles=int(reconciles) + 1)
@@ -122,15 +144,20 @@ def test_a_deleted_child_is_back_within_two_seconds(playground: Playground) -> N
         playground.apply(**ELASTIC)
         playground.await_ready("Unknown", "Starting")
         operator.rest(reconciles=1)
-        for kind in CHILD_KINDS:
-            lost = playground.there(kind)["metadata"]["uid"]
+        for kind, name in CHILDREN.items():
+            lost = playground.there(kind, name)["metadata"]["uid"]
             started = time.monotonic()
-            playground.kubectl("delete", kind, "llama", "--wait=false")
-            eventually(lambda: playground.uid(kind) not in {lost, None}, f"a new {kind}")  # noqa: B023 - called at once
+            playground.kubectl("delete", kind, name, "--wait=false")
+            eventually(lambda: playground.uid(kind, name) not in {lost, None}, f"a new {kind}")  # noqa: B023 - called at once
             assert time.monotonic() - started < 2.0
 
 
 CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("serviceaccount", {"automountServiceAccountToken": True}),
+    ("networkpolicy", {"spec": {"ingress": [{}]}}),
+    ("networkpolicy", {"spec": {"policyTypes": ["Ingress", "Egress"]}}),
+    ("poddisruptionbudget", {"spec": {"maxUnavailable": 0}}),
+    ("poddisruptionbudget", {"spec": {"unhealthyPodEvictionPolicy": "IfHealthyBudget"}}),
     ("deployment", {"spec": {"replicas": 7}}),
     ("deployment", {"spec": {"template": {"metadata": {"labels": {"app.kubernetes.io/name": "other"}}}}}),
     ("deployment", {"spec": {"template": {"spec": {"automountServiceAccountToken": True}}}}),
@@ -148,9 +175,10 @@ def test_a_change_to_our_fields_is_healed(playground: Playground) -> None:
         playground.await_ready("Unknown", "Starting")
         operator.rest(reconciles=1)
         for kind, change in CHANGES:
-            right = ours(playground.there(kind))
-            playground.patch(kind, change)
-            eventually(lambda: ours(playground.there(kind)) == right, f"healing of {change}")  # noqa: B023 - called at once
+            name = CHILDREN[kind]
+            right = ours(playground.there(kind, name))
+            playground.patch(kind, change, name)
+            eventually(lambda: ours(playground.there(kind, name)) == right, f"healing of {change}")  # noqa: B023 - called at once
 
 
 def test_a_child_without_its_owner_reference_could_be_anybodys_and_is_left_alone(playground: Playground) -> None:
@@ -209,8 +237,8 @@ def test_a_deleted_service_takes_its_children_along_also_without_an_operator(pla
     assert "finalizers" not in metadata
     assert list(metadata["annotations"]) == ["kubectl.kubernetes.io/last-applied-configuration"]
     playground.kubectl("delete", "ois", "llama", "--timeout=10s")
-    for kind in CHILD_KINDS:
-        eventually(lambda: playground.get(kind) is None, f"no {kind} left")  # noqa: B023 - called at once
+    for kind, name in CHILDREN.items():
+        eventually(lambda: playground.get(kind, name) is None, f"no {kind} left")  # noqa: B023 - called at once
 
 
 def test_a_deleted_service_is_not_brought_back_by_a_running_operator(playground: Playground) -> None:
@@ -219,7 +247,7 @@ def test_a_deleted_service_is_not_brought_back_by_a_running_operator(playground:
         playground.await_ready("Unknown", "Starting")
         playground.kubectl("delete", "ois", "llama", "--cascade=foreground", "--timeout=20s")
         operator.rest(reconciles=2)
-        assert [playground.get(kind) for kind in CHILD_KINDS] == [None, None, None]
+        assert [kind for kind, name in CHILDREN.items() if playground.get(kind, name) is not None] == []
         # A new one of the same name gets children of its own.
         playground.apply()
         playground.await_ready("Unknown", "Starting")

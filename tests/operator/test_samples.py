@@ -84,6 +84,21 @@ GOOD: Final[dict[str, Document]] = {
     "a flag that the operator does not own": service(
         {"spec": {"engine": {"extraArgs": ["--seed=1", "--device-map", "--note=a = b, c"]}}}
     ),
+    "who may reach it": service(
+        {
+            "spec": {
+                "endpoint": {
+                    "allowFrom": [
+                        {"podSelector": {}, "namespaceSelector": {}},
+                        {"podSelector": {"matchExpressions": [{"key": "app", "operator": "In", "values": ["chat"]}]}},
+                        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}},
+                        {"ipBlock": {"cidr": "10.0.0.0/8"}},
+                        {"ipBlock": {"cidr": "2001:db8::/64"}},
+                    ]
+                }
+            }
+        }
+    ),
     "everything at once": service(
         {
             "spec": {
@@ -151,6 +166,11 @@ def bad_source(what: str, text: str, says: str) -> Bad:
     return bad_spec(what, source(text), "model.source", says)
 
 
+def allow(peer: Document, field: str, says: str) -> Bad:
+    path = f"endpoint.allowFrom[0]{field}"
+    return bad_spec(f"{path}: {json.dumps(peer)}", {"endpoint": {"allowFrom": [peer]}}, path, says)
+
+
 def engine_args(*args: str) -> Document:
     return {"engine": {"extraArgs": list(args)}}
 
@@ -168,6 +188,7 @@ HTTPS_FORM: Final = "must have the form https://HOST/PATH/FILE.gguf"
 SERVED_NAME: Final = "must be letters, digits and - . _ : /"
 PERCENTAGE: Final = 'must be a percentage from 1 to 999 in quotes, such as "80"'
 QUANTITY: Final = "must be a quantity such as 500m, 2 or 16Gi"
+PEER: Final = "must have either ipBlock or podSelector, namespaceSelector or both"
 LABEL_KEY: Final = "every key must have the form of a label key"
 LABEL_VALUE: Final = "must be a label value"
 
@@ -357,6 +378,31 @@ BAD: Final = (
     # endpoint, rollout, resources
     at_least({"endpoint": {"port": 0}}, "endpoint.port", 1),
     at_most({"endpoint": {"port": 65536}}, "endpoint.port", 65535),
+    bad_spec(
+        "an endpoint that nobody may reach",
+        {"endpoint": {"allowFrom": []}},
+        "endpoint.allowFrom",
+        "should have at least 1 items",
+        by="schema",
+        model_says="at least 1 item",
+    ),
+    allow({}, "", PEER),
+    allow({"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}}, "", PEER),
+    allow({"podSelector": {"matchLabels": {"my app": "a"}}}, ".podSelector.matchLabels", LABEL_KEY),
+    allow(
+        {"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}},
+        ".podSelector.matchExpressions[0]",
+        "operator In and NotIn need values",
+    ),
+    allow(
+        {"podSelector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}},
+        ".podSelector.matchExpressions[0]",
+        "Exists and DoesNotExist take none",
+    ),
+    *(
+        allow({"ipBlock": {"cidr": block}}, ".ipBlock.cidr", "must be a range of addresses such as 10.0.0.0/8")
+        for block in ("10.0.0.0", "10.0.0.256/8", "10.0.0.0/33", "localhost/8")
+    ),
     at_least({"rollout": {"drainSeconds": -1}}, "rollout.drainSeconds", 0),
     bad_spec("memory in words", {"resources": {"requests": {"memory": "lots"}}}, "resources.requests.memory", QUANTITY),
     bad_spec("negative CPU", {"resources": {"limits": {"cpu": -1}}}, "resources.limits.cpu", QUANTITY),

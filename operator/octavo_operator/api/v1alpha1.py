@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from octavo_operator import names
 from octavo_operator.api.base import LabelValue, ListOf, Model, Rule, cel_list, matches
+from octavo_operator.api.network import Peer
 from octavo_operator.api.pod import PodSettings, ResourcesSpec
 from octavo_operator.api.source import SOURCE_RULES
 
@@ -170,6 +171,16 @@ class EndpointSpec(Model):
     """How clients reach the model."""
 
     port: int = Field(default=80, ge=1, le=65535, description="The port of the Service.")
+    allow_from: (
+        Annotated[
+            ListOf[Peer], Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="Who may reach the pods, as a NetworkPolicy says it; metrics come from the same port, so name "
+        "Prometheus too. Default: the pods of all namespaces. Takes a network plugin that enforces NetworkPolicies.",
+    )
 
 
 class RolloutSpec(Model):

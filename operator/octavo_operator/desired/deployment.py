@@ -72,6 +72,7 @@ def _pod_template(service: InferenceService, image: str) -> Manifest:
     if spec.accelerator.tensor_parallel_size > 1:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     pod_spec: Manifest = {
+        "serviceAccountName": names.service_account(service.name),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": PRE_STOP_SECONDS + spec.rollout.drain_seconds + EXIT_MARGIN_SECONDS,
