@@ -92,8 +92,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...]  # (token id, logprob) of the most likely, in order; as many as were asked for
 
 
-@dataclass(frozen=True, slots=True)
-class RequestResult:
+class RequestResult(msgspec.Struct, frozen=True, gc=False):
     """What a step produced for one choice of a request with needs_token set: token_id or error is set, not both."""
 
     token_id: int | None = None

@@ -45,6 +45,7 @@ class Request:
     max_num_tokens: int  # prompt + output; reaching it ends the request with "length"
     order: tuple[int, int, int] = field(init=False)  # unique; who comes first is served first and preempted last
     status: RequestStatus = RequestStatus.WAITING
+    num_prompt_tokens: int = field(init=False)  # kept, as each step's plan tells it
     token_ids: list[int] = field(init=False)  # the prompt, then the output
     num_computed_tokens: int = 0  # tokens whose KV is in the cache; below len(token_ids) until the request finishes
     block_ids: tuple[int, ...] = ()  # the block table; empty unless RUNNING
@@ -56,6 +57,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.order = (self.priority, self.arrival, self.choice)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
         self.token_ids = list(self.prompt_token_ids)
         looks_back = self.sampling.looks_back
         self.past = PastTokens(self.prompt_token_ids, tuple(self.stop_token_ids)) if looks_back else None
@@ -69,11 +71,6 @@ class Request:
     def num_uncomputed_tokens(self) -> int:
         """Known tokens whose KV is not in the cache: what the next steps have to compute."""
         return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def output_token_ids(self) -> tuple[int, ...]:
-        """The tokens generated so far."""
-        return tuple(self.token_ids[len(self.prompt_token_ids) :])
 
     def fork(self) -> list[Request]:
         """Split into the choices, this one first; they hold the same block table, which the caller has to count."""

@@ -399,6 +399,6 @@ def _share(request: Request, token_ids: tuple[int, ...], needs_token: bool) -> S
         request.sampling,
         request.choice,
         request.num_choices,
-        len(request.prompt_token_ids),
+        request.num_prompt_tokens,
         request.past,
     )
