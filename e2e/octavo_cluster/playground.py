@@ -35,6 +35,9 @@ PATHS: Final = {  # by the kind's name for kubectl
     "networkpolicy": "apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
     "poddisruptionbudget": "apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "serviceaccount": "api/v1/namespaces/{}/serviceaccounts",
+    "persistentvolumeclaim": "api/v1/namespaces/{}/persistentvolumeclaims",
+    "podmonitor": "apis/monitoring.coreos.com/v1/namespaces/{}/podmonitors",
+    "scaledobject": "apis/keda.sh/v1alpha1/namespaces/{}/scaledobjects",
     "hpa": "apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers",
     "pod": "api/v1/namespaces/{}/pods",
 }

@@ -6,7 +6,7 @@ kopf, so that it answers at once.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from octavo_operator.api.base import explain
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired import children
 from octavo_operator.errors import SpecInvalid
+from octavo_operator.resources import OPTIONAL
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the result is the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        sys.stdout.write(render(options.filename, engine_image=options.engine_image))
+        sys.stdout.write(render(options.filename, engine_image=options.engine_image, offered=options.offered))
     except (SpecInvalid, OSError) as error:
         sys.stderr.write(f"kubectl octavo render: {error}\n")
         return 1
@@ -51,10 +52,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="the image for services that name none; default: %(default)s",
     )
+    command.add_argument(
+        "--with",
+        dest="offered",
+        action="append",
+        default=[],
+        choices=list(OPTIONAL),
+        help="suppose that the cluster has this kind; may be given several times",
+    )
     return parser
 
 
-def render(filename: str, *, engine_image: str) -> str:
+def render(filename: str, *, engine_image: str, offered: Collection[str] = ()) -> str:
     """The children of every InferenceService in a file, as YAML. Other objects are named on standard error.
 
     Raises:
@@ -65,7 +74,7 @@ def render(filename: str, *, engine_image: str) -> str:
     manifests = [
         manifest
         for document in _documents(text, filename)
-        for manifest in children(read(document), engine_image=engine_image)
+        for manifest in children(read(document), engine_image=engine_image, offered=offered)
     ]
     if not manifests:
         raise SpecInvalid(f"{filename} holds no {names.KIND} of {names.API_VERSION}")

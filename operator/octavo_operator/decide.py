@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from octavo_operator import names
 from octavo_operator.observe import Child, Observed
-from octavo_operator.resources import AUTOSCALER, DEPLOYMENT, Json
+from octavo_operator.resources import DEPLOYMENT, Json
 
 REPLICAS_MANAGER: Final = "octavo-replicas"  # keeps `replicas` when we let go of it, until the autoscaler takes it
 FOREIGN_CHILD_SECONDS: Final = 10.0  # nothing tells us when an object that does not carry our label goes away
@@ -63,8 +63,6 @@ def decide(uid: str, desired: Iterable[Json], observed: Observed) -> Plan:
         for identity, child in observed.children.items()
         if identity not in manifests and _is_ours(child, uid) and not child.deleting
     )
-    # Before an autoscaler there must be what it scales, and that without a number of our own.
-    apply.sort(key=lambda manifest: manifest["kind"] == AUTOSCALER.kind)
     return Plan(
         delete=obsolete,
         hand_over=tuple(hand_over),

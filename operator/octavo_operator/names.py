@@ -88,6 +88,21 @@ def network_policy(service: str) -> str:
     return service
 
 
+def volume_claim(service: str) -> str:
+    """The name of the PersistentVolumeClaim that keeps the model: one that users are unlikely to have already."""
+    return f"{service}-model-cache"
+
+
+def scaled_object(service: str) -> str:
+    """The name of KEDA's ScaledObject."""
+    return service
+
+
+def monitor(service: str) -> str:
+    """The name of the PodMonitor."""
+    return service
+
+
 def service_account(service: str) -> str:
     """The name of the pods' ServiceAccount: not the service's, because every namespace has a `default` already."""
     return f"{service}-engine"

@@ -14,22 +14,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from pydantic import ValidationError
 
 from octavo_operator import events, metrics, names, status
 from octavo_operator.api.base import explain
 from octavo_operator.api.v1alpha1 import InferenceService
-from octavo_operator.cache import Cache
+from octavo_operator.caches import Caches
 from octavo_operator.decide import REPLICAS_MANAGER, Plan, decide
 from octavo_operator.desired import children
 from octavo_operator.errors import ApiError, Forbidden, NotFound, OperatorError, Refused, SpecInvalid
 from octavo_operator.kube import Kube
-from octavo_operator.observe import Child, Observed, Pod
+from octavo_operator.observe import Child, Observed
 from octavo_operator.queue import WorkQueue
-from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, POD, Json, Key
+from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, Json, Key
 from octavo_operator.settings import Settings
 
 WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server
@@ -45,47 +44,23 @@ class Reconciler:
         self.queue: WorkQueue[Key] = WorkQueue()
         self._kube = kube
         self._settings = settings
-        namespaces: Sequence[str | None] = settings.namespaces or (None,)
-        self._children: dict[tuple[str, str | None], Cache[Child]] = {
-            (resource.kind, namespace): Cache(
-                kube,
-                resource,
-                namespace,
-                project=partial(Child.from_json, resource.kind),
-                on_change=self.queue.add,
-                clock=clock,
-            )
-            for namespace in namespaces
-            for resource in CHILDREN.values()
-        }
-        self._pods = {
-            namespace: Cache(kube, POD, namespace, project=Pod.from_json, on_change=self.queue.add, clock=clock)
-            for namespace in namespaces
-        }
+        self._caches = Caches(kube, settings.namespaces, on_change=self.queue.add, on_kind=self._queue_all, clock=clock)
         self._running: asyncio.Task[None] | None = None
         metrics.QUEUE_DEPTH.set_function(lambda: len(self.queue))
-        for cache in self._caches:
-            labels = {"kind": cache.resource.kind, "namespace": cache.namespace or ""}
-            metrics.WATCH_AGE_SECONDS.labels(**labels).set_function(partial(getattr, cache, "age"))
-
-    @property
-    def _caches(self) -> list[Cache[Any]]:
-        return [*self._children.values(), *self._pods.values()]
 
     @property
     def troubles(self) -> list[str]:
         """Why the process should be restarted; empty while all is well."""
-        return [trouble for cache in self._caches if (trouble := cache.trouble) is not None]
+        return self._caches.troubles
 
     async def run(self) -> None:
         """Watch and reconcile until `stop`, or until a fault that this process does not survive."""
         self._running = asyncio.current_task()
+        filled = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            for cache in self._caches:
-                tasks.create_task(cache.run(), name=f"watch {cache.resource.plural} in {cache.namespace or 'all'}")
-            for cache in self._caches:
-                await cache.synced.wait()  # before that, what exists already would be taken for missing
-            _logger.info("Caches are filled: %d objects. Starting to reconcile.", sum(map(len, self._caches)))
+            tasks.create_task(self._caches.run(filled), name="caches")
+            await filled.wait()  # before that, what exists already would be taken for missing
+            _logger.info("Caches are filled: %d objects. Starting to reconcile.", len(self._caches))
             for number in range(WORKERS):
                 tasks.create_task(self._work(), name=f"reconcile worker {number}")
 
@@ -94,6 +69,19 @@ class Reconciler:
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])
+
+    async def _queue_all(self) -> None:
+        """Let every InferenceService be looked at: the cluster has learnt a kind of object, or forgotten it."""
+        for namespace in self._settings.namespaces or (None,):
+            while True:
+                try:
+                    async for page in self._kube.pages(INFERENCE_SERVICE, namespace, ""):
+                        for body in page["items"]:
+                            self.queue.add(Key(body["metadata"]["namespace"], body["metadata"]["name"]))
+                    break
+                except ApiError as error:
+                    _logger.warning("InferenceServices cannot be listed, again in 1 s: %s", error)
+                    await asyncio.sleep(1.0)
 
     async def _work(self) -> None:
         while True:
@@ -153,14 +141,14 @@ class Reconciler:
 
     async def _reconcile_valid(self, key: Key, body: Json, service: InferenceService) -> float | None:
         engine_image = self._settings.engine_image
-        desired = children(service, engine_image=engine_image)
+        desired = children(service, engine_image=engine_image, offered=self._caches.offered)
         plan = decide(body["metadata"]["uid"], desired, await self._observe(key, desired))
         created, failure = await self._apply(plan)
         previous = body.get("status", {})
         told = status.build(
             service,
             previous=previous,
-            observed=self._cached(key),
+            observed=self._caches.observed(key),
             plan=plan,
             engine_image=engine_image,
             failure=failure,
@@ -173,7 +161,7 @@ class Reconciler:
 
     async def _observe(self, key: Key, desired: Sequence[Json]) -> Observed:
         """Collect what there is, also what has the name of a child but not our label."""
-        observed = self._cached(key)
+        observed = self._caches.observed(key)
         found = dict(observed.children)
         for manifest in desired:
             identity = manifest["kind"], manifest["metadata"]["name"]
@@ -186,12 +174,6 @@ class Reconciler:
                 found[identity] = Child.from_json(resource.kind, body)
         return replace(observed, children=found)
 
-    def _cached(self, key: Key) -> Observed:
-        scope = key.namespace if self._settings.namespaces else None
-        found = [child for kind in CHILDREN for child in self._children[kind, scope].of(key)]
-        pods = sorted(self._pods[scope].of(key), key=lambda pod: pod.name)
-        return Observed(children={(child.kind, child.name): child for child in found}, pods=tuple(pods))
-
     async def _apply(self, plan: Plan) -> tuple[list[Json], ApiError | None]:
         """Carry the plan out as far as the server lets us; return what was created, and the first refusal.
 
@@ -203,16 +185,16 @@ class Reconciler:
             for child in plan.delete:
                 await self._kube.delete(CHILDREN[child.kind], child.service.namespace, child.name, uid=child.uid)
             for manifest in plan.hand_over:
-                self._learn(await self._kube.apply(manifest, manager=REPLICAS_MANAGER))
+                self._caches.learn(await self._kube.apply(manifest, manager=REPLICAS_MANAGER))
         except (Forbidden, Refused) as error:
             return created, error
         for manifest in plan.apply:
             try:
                 if "uid" in manifest["metadata"]:
-                    self._learn(await self._update(manifest))
+                    self._caches.learn(await self._update(manifest))
                 else:
                     # Unforced: an object of its name that somebody makes in this moment is not taken from them.
-                    self._learn(await self._kube.apply(manifest, force=False))
+                    self._caches.learn(await self._kube.apply(manifest, force=False))
                     created.append(manifest)
             except (Forbidden, Refused) as error:
                 failure = failure or error
@@ -242,10 +224,6 @@ class Reconciler:
         change = {"metadata": {"managedFields": entries, "resourceVersion": applied["resourceVersion"]}}
         return await self._kube.merge(resource, metadata["namespace"], metadata["name"], change)
 
-    def _learn(self, body: Json) -> None:
-        scope = body["metadata"]["namespace"] if self._settings.namespaces else None
-        self._children[body["kind"], scope].put(body)
-
     async def _tell_invalid(self, key: Key, body: Json, problem: str) -> None:
         previous = body.get("status", {})
         told = status.build_invalid(
@@ -253,7 +231,7 @@ class Reconciler:
             body["metadata"].get("generation", 0),
             problem,
             previous=previous,
-            observed=self._cached(key),
+            observed=self._caches.observed(key),
             now=datetime.now(UTC),
         )
         await self._tell(body, previous, told, [])

@@ -43,10 +43,18 @@ AUTOSCALER: Final = Resource("autoscaling/v2", "HorizontalPodAutoscaler", "horiz
 SERVICE_ACCOUNT: Final = Resource("v1", "ServiceAccount", "serviceaccounts")
 DISRUPTION_BUDGET: Final = Resource("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
 NETWORK_POLICY: Final = Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
+VOLUME_CLAIM: Final = Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 POD: Final = Resource("v1", "Pod", "pods")
 EVENT: Final = Resource("events.k8s.io/v1", "Event", "events")
 
+POD_MONITOR: Final = Resource("monitoring.coreos.com/v1", "PodMonitor", "podmonitors")
+SCALED_OBJECT: Final = Resource("keda.sh/v1alpha1", "ScaledObject", "scaledobjects")
+
+OPTIONAL: Final = {resource.kind: resource for resource in (POD_MONITOR, SCALED_OBJECT)}  # that a cluster may lack
 CHILDREN: Final = {  # what may be applied
     resource.kind: resource
-    for resource in (SERVICE_ACCOUNT, NETWORK_POLICY, SERVICE, DEPLOYMENT, DISRUPTION_BUDGET, AUTOSCALER)
+    for resource in (
+        *(SERVICE_ACCOUNT, NETWORK_POLICY, VOLUME_CLAIM, SERVICE, DEPLOYMENT, DISRUPTION_BUDGET, AUTOSCALER),
+        *OPTIONAL.values(),
+    )
 }

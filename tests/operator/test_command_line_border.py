@@ -30,7 +30,7 @@ def containers(case: str) -> list[dict[str, Any]]:
     return [*spec.get("initContainers", []), *spec["containers"]]
 
 
-@pytest.mark.parametrize("case", ["cpu", "nvidia", "autoscaling", "custom"])
+@pytest.mark.parametrize("case", ["cpu", "nvidia", "autoscaling", "custom", "cached"])
 def test_the_engine_takes_every_command_line_that_the_operator_renders(case: str) -> None:
     for container in containers(case):
         options = parse(container["args"])

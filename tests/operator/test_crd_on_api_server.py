@@ -89,7 +89,7 @@ def test_the_stored_object_has_the_defaults_and_no_empty_parts(server: ApiServer
         "model": {"source": "pvc://models/model.gguf"},
         "accelerator": {"type": "cpu"},
         "endpoint": {"port": 80},
-        "engine": {"dtype": "auto"},
+        "engine": {"device": "auto", "dtype": "auto"},
         "rollout": {"drainSeconds": 300},
     }
 

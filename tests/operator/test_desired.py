@@ -21,7 +21,7 @@ from octavo_operator.desired import service as cluster_service
 GOLDEN: Final = Path(__file__).parent / "golden"
 CASES: Final = sorted(path for path in GOLDEN.glob("*.yaml") if not path.name.endswith(".children.yaml"))
 REGENERATE: Final = (
-    "for case in cpu nvidia autoscaling custom; do kubectl-octavo render --engine-image=octavo-engine:golden "
+    "for case in cpu nvidia autoscaling custom cached; do kubectl-octavo render --engine-image=octavo-engine:golden "
     "-f tests/operator/golden/$case.yaml > tests/operator/golden/$case.children.yaml; done"
 )
 
@@ -171,6 +171,89 @@ def test_a_remote_file_is_pulled_to_where_the_engine_reads_it(source: str) -> No
     assert spec["containers"][0]["args"][:2] == ["serve", "/models/model.gguf"]
 
 
+CACHED: Final[Manifest] = {"source": "hf://org/repo:model.gguf", "cache": {"size": "1Gi"}}
+
+
+def test_a_cache_is_a_claim_that_is_written_by_the_pull_and_read_by_the_engine() -> None:
+    children = rendered(model=CACHED)
+    claim = children["PersistentVolumeClaim"]
+    assert claim["spec"] == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    spec = children["Deployment"]["spec"]["template"]["spec"]
+    assert {"name": "model", "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}} in spec["volumes"]
+    (pull,), (container,) = spec["initContainers"], spec["containers"]
+    assert {"name": "model", "mountPath": "/models"} in pull["volumeMounts"]
+    assert {"name": "model", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
+    assert pull["args"][2] == f"--output={container['args'][1]}"
+
+
+def test_a_claim_of_somebody_else_is_used_and_none_is_made() -> None:
+    children = rendered(model={**CACHED, "cache": {"claimName": "shared"}})
+    assert "PersistentVolumeClaim" not in children
+    volumes = children["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "model", "persistentVolumeClaim": {"claimName": "shared"}} in volumes
+
+
+def test_two_models_in_one_cache_do_not_meet() -> None:
+    one, other = (engine(model={**CACHED, "source": f"hf://org/repo@{revision}:model.gguf"}) for revision in ("a", "b"))
+    assert one["args"][1] != other["args"][1]
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        ({"size": "1Gi"}, {"maxSurge": 0, "maxUnavailable": 1}),
+        ({"size": "1Gi", "accessMode": "ReadWriteMany"}, {"maxSurge": 1, "maxUnavailable": 0}),
+        ({"claimName": "shared"}, {"maxSurge": 1, "maxUnavailable": 0}),
+    ],
+)
+def test_two_pods_never_wait_for_a_volume_that_only_one_can_have(cache: Manifest, expected: Manifest) -> None:
+    strategy = rendered(model={**CACHED, "cache": cache})["Deployment"]["spec"]["strategy"]
+    assert strategy == {"type": "RollingUpdate", "rollingUpdate": expected}
+
+
+def test_only_the_pull_gets_the_token_and_the_operator_never_sees_it() -> None:
+    spec = pod(model={"source": "hf://org/repo:model.gguf", "tokenSecret": {"name": "hub"}})
+    (pull,), (container,) = spec["initContainers"], spec["containers"]
+    assert pull["env"] == [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}]
+    assert "env" not in container
+
+
+ELASTIC: Final[Manifest] = {"autoscaling": {"maxReplicas": 3}, "resources": {"requests": {"cpu": "1"}}}
+
+
+def test_optional_kinds_are_made_where_the_cluster_has_them() -> None:
+    def kinds(*offered: str, **spec: Any) -> set[str]:
+        manifests = children(service(**spec), engine_image="octavo-engine:test", offered=offered)
+        return {child["kind"] for child in manifests}
+
+    assert kinds("PodMonitor") - kinds() == {"PodMonitor"}
+    assert kinds("ScaledObject") == kinds()
+    assert kinds("ScaledObject", **ELASTIC) ^ kinds(**ELASTIC) == {"ScaledObject", "HorizontalPodAutoscaler"}
+
+
+def test_keda_gets_the_same_bounds_and_target_as_the_autoscaler() -> None:
+    manifests = children(service(**ELASTIC), engine_image="octavo-engine:test", offered=["ScaledObject"])
+    (spec,) = (child["spec"] for child in manifests if child["kind"] == "ScaledObject")
+    hpa = rendered(**ELASTIC)["HorizontalPodAutoscaler"]["spec"]
+    assert spec["scaleTargetRef"] == hpa["scaleTargetRef"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
+    (trigger,) = spec["triggers"]
+    (metric,) = hpa["metrics"]
+    assert trigger["type"] == metric["resource"]["name"]
+    assert trigger["metricType"] == metric["resource"]["target"]["type"]
+    assert int(trigger["metadata"]["value"]) == metric["resource"]["target"]["averageUtilization"]
+
+
+def test_prometheus_finds_the_port_and_path_that_the_engine_serves() -> None:
+    manifests = {child["kind"]: child for child in children(service(), engine_image="e", offered=["PodMonitor"])}
+    monitor = manifests["PodMonitor"]["spec"]
+    deployment = manifests["Deployment"]["spec"]
+    assert monitor["selector"] == deployment["selector"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    (port,) = deployment["template"]["spec"]["containers"][0]["ports"]
+    assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
+
+
 def test_the_grace_period_covers_the_announcement_and_the_whole_drain() -> None:
     spec = pod(rollout={"drainSeconds": 60})
     before = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -191,8 +274,41 @@ def test_the_service_has_its_own_image_if_it_names_one() -> None:
 
 
 def test_every_flag_that_the_operator_renders_is_refused_among_extra_args() -> None:
-    args = engine(engine={"maxModelLen": 1, "maxNumSeqs": 1})["args"][2:]
-    assert {arg.partition("=")[0] for arg in args} == set(OWNED_FLAGS)
+    args = engine(
+        accelerator={"type": "nvidia", "count": 1},
+        engine={"maxModelLen": 1, "maxNumSeqs": 1, "gpuMemoryUtilization": "0.5", "quantization": "none"},
+        endpoint={"apiKeySecret": {"name": "keys"}},
+    )["args"][2:]
+    assert {arg.partition("=")[0] for arg in args} == set(OWNED_FLAGS) - {"--api-key", "--api-key-for-all"}
+
+
+def test_the_engine_may_be_told_to_compute_on_the_cpu_beside_gpus() -> None:
+    container = engine(accelerator={"type": "nvidia", "count": 2}, engine={"device": "cpu"})
+    assert {"--device=cpu", "--tensor-parallel-size=2"} <= set(container["args"])
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
+
+
+def test_api_keys_are_mounted_as_a_file_that_the_engine_reads() -> None:
+    spec = pod(endpoint={"apiKeySecret": {"name": "keys", "key": "all"}})
+    (volume,) = (each for each in spec["volumes"] if each["name"] == "api-keys")
+    assert (volume["secret"]["secretName"], volume["secret"]["items"]) == ("keys", [{"key": "all", "path": "keys"}])
+    (container,) = spec["containers"]
+    (mount,) = (each for each in container["volumeMounts"] if each["name"] == "api-keys")
+    assert f"--api-key-file={mount['mountPath']}/keys" in container["args"]
+
+
+def test_variables_reach_the_engine_and_what_pulls_the_model() -> None:
+    reference = {"secretKeyRef": {"name": "proxy", "key": "url"}}
+    env = [{"name": "HF_ENDPOINT", "value": "https://hub.example"}, {"name": "HTTPS_PROXY", "valueFrom": reference}]
+    spec = pod(model={"source": "hf://org/repo:model.gguf"}, pod={"env": env})
+    assert [container["env"] for container in (*spec["initContainers"], *spec["containers"])] == [env, env]
+
+
+def test_the_pods_are_spread_among_themselves() -> None:
+    spec = pod(pod={"topologySpreadConstraints": [{"topologyKey": "kubernetes.io/hostname"}]})
+    (constraint,) = spec["topologySpreadConstraints"]
+    assert constraint["labelSelector"] == rendered()["Deployment"]["spec"]["selector"]
+    assert (constraint["maxSkew"], constraint["whenUnsatisfiable"]) == (1, "ScheduleAnyway")
 
 
 @settings(deadline=None)  # a busy machine is no failure

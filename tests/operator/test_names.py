@@ -17,7 +17,8 @@ def test_the_names_of_children_are_valid_for_the_longest_service() -> None:
     service = "a" * names.MAX_NAME_LENGTH
     for name in (names.cluster_service, names.autoscaler, names.disruption_budget, names.network_policy):
         assert name(service) == service
-    assert len(names.service_account(service)) <= 63
+    for name in (names.service_account, names.volume_claim, names.scaled_object, names.monitor):
+        assert len(name(service)) <= 63
 
 
 def test_the_selector_is_part_of_the_labels_and_reads_as_kubectl_takes_it() -> None:

@@ -54,6 +54,14 @@ def source(text: str | None) -> Document:
     return {"model": {"source": text}}
 
 
+def cached(cache: Document) -> Document:
+    return {"model": {"source": "https://models.example/model.gguf", "cache": cache}}
+
+
+def pod(**settings: Any) -> Document:
+    return {"pod": settings}
+
+
 GPU: Final = {"type": "nvidia", "count": 2}
 CPU_REQUEST: Final = {"resources": {"requests": {"cpu": "1"}}}
 
@@ -98,6 +106,45 @@ GOOD: Final[dict[str, Document]] = {
                 }
             }
         }
+    ),
+    "the CPU beside GPUs": service({"spec": {"accelerator": GPU, "engine": {"device": "cpu"}}}),
+    "half of a GPU": service(
+        {"spec": {"accelerator": GPU, "engine": {"device": "cuda", "gpuMemoryUtilization": "0.5"}}}
+    ),
+    "keys for clients": service({"spec": {"endpoint": {"apiKeySecret": {"name": "keys"}}}}),
+    "variables and zones": service(
+        {
+            "spec": pod(
+                env=[
+                    {"name": "A", "value": ""},
+                    {"name": "B", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}},
+                    {"name": "C", "valueFrom": {"configMapKeyRef": {"name": "s", "key": "k"}}},
+                ],
+                topologySpreadConstraints=[
+                    {"topologyKey": "topology.kubernetes.io/zone", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"},
+                    {"topologyKey": "kubernetes.io/hostname"},
+                ],
+            )
+        }
+    ),
+    "a gated model in a cache": service(
+        {
+            "spec": {
+                "model": {
+                    "source": "hf://org/repo:model.gguf",
+                    "tokenSecret": {"name": "hub", "key": "read.token"},
+                    "cache": {"size": "40Gi", "storageClassName": "fast"},
+                },
+                "replicas": 1,
+            }
+        }
+    ),
+    "a cache for many": service(
+        {"spec": {"replicas": 4, **cached({"size": 10**12, "accessMode": "ReadWriteMany"})}},
+    ),
+    "a cache that is there": service({"spec": {"replicas": 4, **cached({"claimName": "models"})}}),
+    "a cache and an autoscaler": service(
+        {"spec": {"autoscaling": {"maxReplicas": 1}, **CPU_REQUEST, **cached({"size": "1Gi"})}}
     ),
     "everything at once": service(
         {
@@ -175,10 +222,6 @@ def engine_args(*args: str) -> Document:
     return {"engine": {"extraArgs": list(args)}}
 
 
-def pod(**settings: Any) -> Document:
-    return {"pod": settings}
-
-
 OWNED_FLAG: Final = "must not contain a flag that the operator sets"
 SCHEMES: Final = "must start with pvc://, hf:// or https://"
 DOTS: Final = "must not contain the path segments '.' or '..'"
@@ -188,6 +231,7 @@ HTTPS_FORM: Final = "must have the form https://HOST/PATH/FILE.gguf"
 SERVED_NAME: Final = "must be letters, digits and - . _ : /"
 PERCENTAGE: Final = 'must be a percentage from 1 to 999 in quotes, such as "80"'
 QUANTITY: Final = "must be a quantity such as 500m, 2 or 16Gi"
+CACHE: Final = "must have either size, for a volume of this service's own, or claimName"
 PEER: Final = "must have either ipBlock or podSelector, namespaceSelector or both"
 LABEL_KEY: Final = "every key must have the form of a label key"
 LABEL_VALUE: Final = "must be a label value"
@@ -283,6 +327,42 @@ BAD: Final = (
     bad_source("a query in the URL", "https://example.com/model.gguf?download=true", HTTPS_FORM),
     bad_spec("a served name with a blank", {"model": {"name": "my model"}}, "model.name", SERVED_NAME),
     bad_spec("a served name that looks like a flag", {"model": {"name": "--port=1"}}, "model.name", SERVED_NAME),
+    bad_spec(
+        "a token for a web server",
+        {"model": {"source": "https://models.example/a.gguf", "tokenSecret": {"name": "a"}}},
+        "model",
+        "tokenSecret is a token for Hugging Face",
+    ),
+    bad_spec(
+        "a Secret's key with a blank",
+        {"model": {"source": "hf://a/b:c.gguf", "tokenSecret": {"name": "a", "key": "my token"}}},
+        "model.tokenSecret.key",
+        "must be a key of a Secret or ConfigMap",
+    ),
+    bad_spec("a cache of a volume", {"model": {"cache": {"size": "1Gi"}}}, "model", "leave cache out"),
+    bad_spec("a cache of nothing", cached({}), "model.cache", CACHE),
+    bad_spec("a cache of two volumes", cached({"size": "1Gi", "claimName": "a"}), "model.cache", CACHE),
+    bad_spec("a cache without room", cached({"size": "0"}), "model.cache", "size must be greater than 0"),
+    bad_spec(
+        "a class for a claim that is there",
+        cached({"claimName": "a", "storageClassName": "fast"}),
+        "model.cache",
+        "are those of the claim that claimName names",
+    ),
+    one_of(
+        cached({"size": "1Gi", "accessMode": "ReadOnlyMany"}),
+        "model.cache.accessMode",
+        ["ReadWriteOnce", "ReadWriteMany"],
+    ),
+    *(
+        Bad(
+            f"a volume for one pod and more pods: {', '.join(more)}",
+            {"spec": {**cached({"size": "1Gi"}), **more}},
+            "model.cache is ReadWriteOnce, which is for one replica",
+            "spec",
+        )
+        for more in ({"replicas": 2}, {"autoscaling": {"maxReplicas": 2}, **CPU_REQUEST})
+    ),
     # accelerator
     one_of({"accelerator": {"type": "tpu"}}, "accelerator.type", ["cpu", "nvidia"]),
     bad_spec("GPUs without a number", {"accelerator": {"type": "nvidia"}}, "accelerator", "type nvidia needs count"),
@@ -355,11 +435,33 @@ BAD: Final = (
         model_says="valid string",
     ),
     # engine
+    one_of({"engine": {"device": "gpu"}}, "engine.device", ["auto", "cpu", "cuda"]),
+    one_of({"engine": {"quantization": "awq"}}, "engine.quantization", ["auto", "none"]),
+    Bad("CUDA without GPUs", {"spec": {"engine": {"device": "cuda"}}}, "engine.device cuda needs GPUs", "spec"),
+    *(
+        Bad(
+            f"a share of no GPU: {what}",
+            {"spec": {"engine": {"gpuMemoryUtilization": "0.9", **engine}, "accelerator": accelerator}},
+            "engine.gpuMemoryUtilization is for GPUs",
+            "spec",
+        )
+        for what, engine, accelerator in (("no GPU", {}, {"type": "cpu"}), ("none used", {"device": "cpu"}, GPU))
+    ),
+    *(
+        bad_spec(
+            f"the share {share!r}",
+            {"accelerator": GPU, "engine": {"gpuMemoryUtilization": share}},
+            "engine.gpuMemoryUtilization",
+            "must be a share above 0 and up to 1",
+        )
+        for share in ("0", "0.0", "1.1", "90%", "")
+    ),
     one_of({"engine": {"dtype": "int8"}}, "engine.dtype", ["auto", "float32", "bfloat16", "float16"]),
     at_least({"engine": {"maxModelLen": 0}}, "engine.maxModelLen", 1),
     at_least({"engine": {"maxNumSeqs": 0}}, "engine.maxNumSeqs", 1),
     bad_spec("an image with a blank", {"engine": {"image": "a b"}}, "engine.image", "must be an image reference"),
     bad_spec("an owned flag", engine_args("--port"), "engine.extraArgs", OWNED_FLAG),
+    bad_spec("a key on the command line", engine_args("--api-key=secret"), "engine.extraArgs", OWNED_FLAG),
     bad_spec("an owned flag with its value", engine_args("--seed=1", "--device=cpu"), "engine.extraArgs", OWNED_FLAG),
     bad_spec("a flag of another field", engine_args("--max-model-len=1"), "engine.extraArgs", OWNED_FLAG),
     bad_spec(
@@ -464,6 +566,29 @@ BAD: Final = (
         "pod.imagePullSecrets",
         "Duplicate value",
         model_says="must name each Secret once",
+    ),
+    *(
+        bad_spec(f"the variable {json.dumps(variable)}", pod(env=[variable]), f"pod.env[0]{field}", says)
+        for variable, field, says in (
+            ({"name": "A"}, "", "must have either value or valueFrom"),
+            ({"name": "A B", "value": ""}, ".name", "must be letters, digits and '_'"),
+            ({"name": "HF_TOKEN", "value": "hf_secret"}, "", "HF_TOKEN is set by model.tokenSecret"),
+            ({"name": "A", "valueFrom": {}}, ".valueFrom", "must have either secretKeyRef or configMapKeyRef"),
+        )
+    ),
+    bad_spec(
+        "a variable set twice",
+        pod(env=[{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]),
+        "pod.env",
+        "Duplicate value",
+        model_says="must name each variable once",
+    ),
+    bad_spec(
+        "a zone named twice",
+        pod(topologySpreadConstraints=[{"topologyKey": "zone"}, {"topologyKey": "zone", "maxSkew": 2}]),
+        "pod.topologySpreadConstraints",
+        "Duplicate value",
+        model_says="must name each topologyKey once",
     ),
     bad_spec(
         "a priority class that cannot be",

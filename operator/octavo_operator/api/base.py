@@ -129,6 +129,11 @@ ObjectName = Annotated[
     Field(min_length=1, max_length=253),
     matches(DNS_SUBDOMAIN, "must be the name of an object: lower-case letters, digits, '-' and '.', such as my-object"),
 ]
+DataKey = Annotated[
+    str,
+    Field(min_length=1, max_length=253),
+    matches("[-._a-zA-Z0-9]+", "must be a key of a Secret or ConfigMap: letters, digits, '-', '_' and '.'"),
+]
 LabelValue = Annotated[
     str,
     Field(max_length=63),

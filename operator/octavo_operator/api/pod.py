@@ -11,6 +11,7 @@ from pydantic import Field
 from octavo_operator import names
 from octavo_operator.api.base import (
     VALID_KEYS,
+    DataKey,
     LabelKey,
     LabelValue,
     ListOf,
@@ -19,6 +20,7 @@ from octavo_operator.api.base import (
     Quantity,
     Rule,
     cel_list,
+    matches,
     quantity_value,
 )
 
@@ -104,6 +106,67 @@ class Toleration(Model):
     )
 
 
+class KeyReference(Model):
+    """One value in a Secret or ConfigMap of this namespace."""
+
+    name: ObjectName = Field(description="The object's name.")
+    key: DataKey = Field(description="The key in its data.")
+
+
+class EnvSource(Model):
+    """Where a variable's value is."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="has(self.secretKeyRef) != has(self.configMapKeyRef)",
+            holds=lambda it: (it.secret_key_ref is None) != (it.config_map_key_ref is None),
+            message="must have either secretKeyRef or configMapKeyRef",
+        ),
+    )
+
+    secret_key_ref: KeyReference | None = Field(default=None, description="A value in a Secret.")
+    config_map_key_ref: KeyReference | None = Field(default=None, description="A value in a ConfigMap.")
+
+
+class EnvVar(Model):
+    """A variable in the environment of the engine and of what pulls the model."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="has(self.value) != has(self.valueFrom)",
+            holds=lambda it: (it.value is None) != (it.value_from is None),
+            message="must have either value or valueFrom",
+        ),
+        Rule(
+            cel="self.name != 'HF_TOKEN'",
+            holds=lambda it: it.name != "HF_TOKEN",
+            message="HF_TOKEN is set by model.tokenSecret: set that instead",
+        ),
+    )
+
+    name: Annotated[
+        str,
+        Field(min_length=1, max_length=128),
+        matches("[A-Za-z_][A-Za-z0-9_]*", "must be letters, digits and '_', such as HF_ENDPOINT"),
+    ] = Field(description="The variable's name.")
+    value: Annotated[str, Field(max_length=4096)] | None = Field(default=None, description="Its value.")
+    value_from: EnvSource | None = Field(default=None, description="Where its value is.")
+
+
+class TopologySpreadConstraint(Model):
+    """Spreads the pods of this service over parts of the cluster."""
+
+    max_skew: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=1, description="By how many pods two parts may differ."
+    )
+    topology_key: Annotated[LabelKey, Field(min_length=1)] = Field(
+        description="The label of nodes that tells the parts apart, such as topology.kubernetes.io/zone."
+    )
+    when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = Field(
+        default="ScheduleAnyway", description="Whether a pod that would break this waits or is scheduled anyway."
+    )
+
+
 class ImagePullSecret(Model):
     """A Secret of this namespace."""
 
@@ -152,3 +215,28 @@ class PodSettings(Model):
     runtime_class_name: ObjectName | None = Field(
         default=None, description="The RuntimeClass, such as nvidia where that is not the nodes' default."
     )
+    env: Annotated[
+        ListOf[EnvVar],
+        Field(
+            max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+        Rule(
+            cel="self.all(one, self.exists_one(other, other.name == one.name))",
+            holds=lambda it: len({one.name for one in it}) == len(it),
+            message="must name each variable once",
+        ),
+    ] = Field(
+        default=(), description="Variables such as HF_ENDPOINT or HTTPS_PROXY, for the engine and what pulls the model."
+    )
+    topology_spread_constraints: Annotated[
+        ListOf[TopologySpreadConstraint],
+        Field(
+            max_length=4,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["topologyKey"]},
+        ),
+        Rule(
+            cel="self.all(one, self.exists_one(other, other.topologyKey == one.topologyKey))",
+            holds=lambda it: len({one.topology_key for one in it}) == len(it),
+            message="must name each topologyKey once",
+        ),
+    ] = Field(default=(), description="How the pods of this service spread over nodes, zones and the like.")

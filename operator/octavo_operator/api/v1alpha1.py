@@ -15,19 +15,35 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, model_validator
 
 from octavo_operator import names
-from octavo_operator.api.base import LabelValue, ListOf, Model, Rule, cel_list, matches
+from octavo_operator.api.base import (
+    DataKey,
+    LabelValue,
+    ListOf,
+    Model,
+    ObjectName,
+    Quantity,
+    Rule,
+    cel_list,
+    matches,
+    quantity_value,
+)
 from octavo_operator.api.network import Peer
 from octavo_operator.api.pod import PodSettings, ResourcesSpec
 from octavo_operator.api.source import SOURCE_RULES
 
-# Flags of `octavo serve` that the operator renders itself; a test holds the Deployment to this list.
+# Flags of `octavo serve` that are the operator's: it renders them, or they would undo what it renders.
 OWNED_FLAGS: Final = (
+    "--api-key",
+    "--api-key-file",
+    "--api-key-for-all",
     "--device",
     "--dtype",
+    "--gpu-memory-utilization",
     "--host",
     "--max-model-len",
     "--max-num-seqs",
     "--port",
+    "--quantization",
     "--served-model-name",
     "--shutdown-timeout",
     "--tensor-parallel-size",
@@ -35,8 +51,72 @@ OWNED_FLAGS: Final = (
 )
 
 
+class TokenSecret(Model):
+    """A token in a Secret of this namespace."""
+
+    name: ObjectName = Field(description="The Secret's name.")
+    key: DataKey = Field(default="token", description="Under which key of the Secret the token is.")
+
+
+class CacheSpec(Model):
+    """A volume that keeps the model when pods go."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="has(self.size) != has(self.claimName)",
+            holds=lambda it: (it.size is None) != (it.claim_name is None),
+            message="must have either size, for a volume of this service's own, or claimName, for one that is there",
+        ),
+        Rule(
+            cel="!has(self.claimName) || !has(self.storageClassName) && !has(self.accessMode)",
+            holds=lambda it: it.claim_name is None or (it.storage_class_name is None and it.access_mode is None),
+            message="storageClassName and accessMode are those of the claim that claimName names: leave them out",
+        ),
+        Rule(
+            cel="!has(self.size) || quantity(string(self.size)).isGreaterThan(quantity('0'))",
+            holds=lambda it: it.size is None or quantity_value(it.size) > 0,
+            message="size must be greater than 0, such as 40Gi",
+        ),
+    )
+
+    size: Quantity | None = Field(
+        default=None, description="Bytes of a volume of this service's own, such as 40Gi; it goes with the service."
+    )
+    storage_class_name: ObjectName | None = Field(
+        default=None, description="The volume's StorageClass. Default: the cluster's. Cannot be changed afterwards."
+    )
+    access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] | None = Field(
+        default=None,
+        description="ReadWriteMany lets several replicas share the volume. Default: ReadWriteOnce, for one replica; "
+        "its pod is replaced by ending it first. Cannot be changed afterwards.",
+    )
+    claim_name: ObjectName | None = Field(
+        default=None,
+        description="A PersistentVolumeClaim of this namespace, which several services may share. For more than one "
+        "replica it must be ReadWriteMany.",
+    )
+
+    @property
+    def is_for_one_pod(self) -> bool:
+        """Whether no second pod can be sure to get the volume."""
+        return self.size is not None and self.access_mode != "ReadWriteMany"
+
+
 class ModelSpec(Model):
     """Which model to serve."""
+
+    rules: ClassVar = (
+        Rule(
+            cel="!has(self.tokenSecret) || self.source.startsWith('hf://')",
+            holds=lambda it: it.token_secret is None or it.source.startswith("hf://"),
+            message="tokenSecret is a token for Hugging Face: leave it out, or use an hf:// source",
+        ),
+        Rule(
+            cel="!has(self.cache) || !self.source.startsWith('pvc://')",
+            holds=lambda it: it.cache is None or not it.source.startswith("pvc://"),
+            message="a pvc:// source is in a volume already: leave cache out",
+        ),
+    )
 
     source: Annotated[str, Field(min_length=1, max_length=1024), *SOURCE_RULES] = Field(
         description="Where the GGUF file is: pvc://CLAIM/PATH/FILE.gguf (a PersistentVolumeClaim of this namespace, "
@@ -54,6 +134,14 @@ class ModelSpec(Model):
         ]
         | None
     ) = Field(default=None, description="The name by which clients ask for the model. Default: metadata.name.")
+    token_secret: TokenSecret | None = Field(
+        default=None, description="The token with which the model is pulled from Hugging Face, if it wants one."
+    )
+    cache: CacheSpec | None = Field(
+        default=None,
+        description="Keeps the pulled file when pods go. Default: every pod pulls it anew to the node's disk. A file "
+        "that is there is never pulled again: to get a new one, name another revision.",
+    )
 
 
 class AcceleratorSpec(Model):
@@ -134,6 +222,26 @@ class EngineSpec(Model):
     ) = Field(
         default=None, description="The engine's container image. Default: the one that the operator was installed with."
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="What computes. auto: cuda with accelerator.type nvidia, else cpu."
+    )
+    gpu_memory_utilization: (
+        Annotated[
+            str,
+            Field(max_length=8),
+            matches(
+                "0[.][0-9]{0,3}[1-9][0-9]{0,3}|1([.]0)?", 'must be a share above 0 and up to 1 in quotes, such as "0.9"'
+            ),
+        ]
+        | None
+    ) = Field(
+        default=None, description="The share of each GPU's memory that the engine may use. Default: the engine's, 0.9."
+    )
+    quantization: Literal["auto", "none"] | None = Field(
+        default=None,
+        description="auto: weights stay packed as the file has them, where the device computes with them; none: they "
+        "are unpacked to dtype. Default: the engine's, auto.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Type of computation and KV cache. auto: bfloat16 where the hardware computes it, else float32.",
@@ -167,10 +275,22 @@ class EngineSpec(Model):
     )
 
 
+class KeySecret(Model):
+    """API keys in a Secret of this namespace."""
+
+    name: ObjectName = Field(description="The Secret's name.")
+    key: DataKey = Field(default="key", description="Under which key of the Secret the API keys are, one a line.")
+
+
 class EndpointSpec(Model):
     """How clients reach the model."""
 
     port: int = Field(default=80, ge=1, le=65535, description="The port of the Service.")
+    api_key_secret: KeySecret | None = Field(
+        default=None,
+        description="Who sends none of these keys is refused; health, readiness and metrics stay open. A change of the "
+        "Secret takes effect without a restart. Default: no key is needed.",
+    )
     allow_from: (
         Annotated[
             ListOf[Peer], Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
@@ -215,6 +335,25 @@ class InferenceServiceSpec(Model):
             message="autoscaling by cpu measures the share of the CPU that a pod requests: set resources.requests.cpu",
         ),
         Rule(
+            cel="!has(self.model.cache) || !has(self.model.cache.size) || "
+            "has(self.model.cache.accessMode) && self.model.cache.accessMode == 'ReadWriteMany' || "
+            "(has(self.autoscaling) ? self.autoscaling.maxReplicas <= 1 : !has(self.replicas) || self.replicas <= 1)",
+            holds=lambda it: it.model.cache is None or not it.model.cache.is_for_one_pod or (it.max_replicas or 1) <= 1,
+            message="model.cache is ReadWriteOnce, which is for one replica: set model.cache.accessMode to "
+            "ReadWriteMany, or replicas (autoscaling.maxReplicas) to 1",
+        ),
+        Rule(
+            cel="self.engine.device != 'cuda' || self.accelerator.type == 'nvidia'",
+            holds=lambda it: it.engine.device != "cuda" or it.accelerator.type == "nvidia",
+            message="engine.device cuda needs GPUs: set accelerator.type to nvidia and accelerator.count",
+        ),
+        Rule(
+            cel="!has(self.engine.gpuMemoryUtilization) || "
+            "self.accelerator.type == 'nvidia' && self.engine.device != 'cpu'",
+            holds=lambda it: it.engine.gpu_memory_utilization is None or it.device == "cuda",
+            message="engine.gpuMemoryUtilization is for GPUs: leave it out; on CPU set resources.limits.memory",
+        ),
+        Rule(
             cel="!has(self.accelerator.product) || !has(self.pod) || !has(self.pod.nodeSelector) || "
             f"!('{names.GPU_PRODUCT_LABEL}' in self.pod.nodeSelector)",
             holds=lambda it: it.accelerator.product is None or names.GPU_PRODUCT_LABEL not in it.pod.node_selector,
@@ -237,6 +376,18 @@ class InferenceServiceSpec(Model):
     rollout: RolloutSpec = Field(default=RolloutSpec(), description="How pods are replaced.")
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="CPU, memory and disk of each pod.")
     pod: PodSettings = Field(default=PodSettings(), description="What else the pods need on this cluster.")
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What computes."""
+        if self.engine.device != "auto":
+            return self.engine.device
+        return "cuda" if self.accelerator.type == "nvidia" else "cpu"
+
+    @property
+    def max_replicas(self) -> int | None:
+        """How many replicas there may be; None: the default, one."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class Condition(Model):

@@ -3,30 +3,49 @@
 Called by decide.py and by `kubectl octavo render`. Knows nothing of what exists already, nor of a client.
 """
 
+from collections.abc import Collection
+
 from octavo_operator.api.v1alpha1 import InferenceService
-from octavo_operator.desired import autoscaler, deployment, disruption_budget, network_policy, service_account
+from octavo_operator.desired import (
+    autoscaler,
+    deployment,
+    disruption_budget,
+    monitor,
+    network_policy,
+    scaled_object,
+    service_account,
+    volume_claim,
+)
 from octavo_operator.desired import service as cluster_service
 from octavo_operator.desired.metadata import Manifest
+from octavo_operator.resources import POD_MONITOR, SCALED_OBJECT
 
 
-def children(service: InferenceService, *, engine_image: str) -> tuple[Manifest, ...]:
+def children(service: InferenceService, *, engine_image: str, offered: Collection[str] = ()) -> tuple[Manifest, ...]:
     """Every child that should exist, complete as the operator applies it. A kind that is missing should not exist.
 
-    They are in the order in which they are applied: what pods need comes before the Deployment that makes them.
+    They are in the order in which they are applied: what pods need comes before the Deployment
+    that makes them, and that, without a number of our own, before an autoscaler.
 
     Args:
         service: the resource.
         engine_image: the image for services that name none.
+        offered: those of resources.OPTIONAL's kinds that the cluster has.
     """
+    cache = service.spec.model.cache
     manifests = [
         service_account.build(service),
         network_policy.build(service),
+        *([volume_claim.build(service, cache)] if cache is not None and cache.size is not None else []),
         cluster_service.build(service),
         deployment.build(service, engine_image=engine_image),
         disruption_budget.build(service),
     ]
+    if POD_MONITOR.kind in offered:
+        manifests.append(monitor.build(service))
     if service.spec.autoscaling is not None:
-        manifests.append(autoscaler.build(service, service.spec.autoscaling))
+        build = scaled_object.build if SCALED_OBJECT.kind in offered else autoscaler.build
+        manifests.append(build(service, service.spec.autoscaling))
     return tuple(manifests)
 
 

@@ -4,16 +4,19 @@ Called by desired.children; pure. Here the resource becomes the engine's command
 passed as `--flag=value`, so that no value can be read as another flag.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Final
 
 from octavo_operator import names
 from octavo_operator.api import source
-from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.api.v1alpha1 import InferenceService, KeySecret, TokenSecret
 from octavo_operator.desired.metadata import Manifest, object_meta
 
 MODEL_DIR: Final = "/models"
-PULLED_FILE: Final = f"{MODEL_DIR}/model.gguf"
+PULLED_FILE: Final = "model.gguf"
+API_KEY_DIR: Final = "/etc/octavo/api-keys"
+API_KEY_FILE: Final = "keys"
 TMP_DIR: Final = "/tmp"  # noqa: S108 - a path in the container, where it is a volume of its own
 SHM_DIR: Final = "/dev/shm"  # noqa: S108 - the same
 TERMINATION_LOG: Final = "/dev/termination-log"
@@ -49,7 +52,7 @@ def build(service: InferenceService, *, engine_image: str) -> Manifest:
     manifest_spec: Manifest = {
         **replicas,
         "selector": {"matchLabels": names.selector(service.name)},
-        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": _rolling_update(service)},
         "progressDeadlineSeconds": STARTUP_BUDGET_SECONDS + 600,
         "revisionHistoryLimit": OLD_REPLICA_SETS,
         "template": _pod_template(service, spec.engine.image or engine_image),
@@ -62,6 +65,14 @@ def build(service: InferenceService, *, engine_image: str) -> Manifest:
     }
 
 
+def _rolling_update(service: InferenceService) -> Manifest:
+    """A new pod comes before an old one goes, unless they would wait for the same volume."""
+    cache = service.spec.model.cache
+    if cache is not None and cache.is_for_one_pod:
+        return {"maxSurge": 0, "maxUnavailable": 1}
+    return {"maxSurge": 1, "maxUnavailable": 0}
+
+
 def _pod_template(service: InferenceService, image: str) -> Manifest:
     spec, pod = service.spec, service.spec.pod
     model = _model(service, image)
@@ -69,6 +80,8 @@ def _pod_template(service: InferenceService, image: str) -> Manifest:
     if pod.annotations:
         metadata["annotations"] = dict(pod.annotations)
     volumes: list[Manifest] = [{"name": "model", **model.volume}, {"name": "tmp", "emptyDir": {}}]
+    if spec.endpoint.api_key_secret is not None:
+        volumes.append(_key_volume(spec.endpoint.api_key_secret))
     if spec.accelerator.tensor_parallel_size > 1:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     pod_spec: Manifest = {
@@ -106,6 +119,10 @@ def _placement(service: InferenceService) -> Manifest:
         "imagePullSecrets": [secret.to_dict() for secret in pod.image_pull_secrets],
         "priorityClassName": pod.priority_class_name,
         "runtimeClassName": pod.runtime_class_name,
+        "topologySpreadConstraints": [
+            {**each.to_dict(), "labelSelector": {"matchLabels": names.selector(service.name)}}
+            for each in pod.topology_spread_constraints
+        ],
     }
     return {key: value for key, value in placement.items() if value}
 
@@ -116,13 +133,36 @@ def _model(service: InferenceService, image: str) -> _Model:
             volume = {"persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
             return _Model(f"{MODEL_DIR}/{path}", volume, ())
         case source.RemoteFile(url):
-            args = ["pull", url, f"--output={PULLED_FILE}", f"--termination-log={TERMINATION_LOG}"]
+            cache, token = service.spec.model.cache, service.spec.model.token_secret
+            # Several models may come to be in one cache, one after the other or of services that share it.
+            folder = MODEL_DIR if cache is None else f"{MODEL_DIR}/{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+            path = f"{folder}/{PULLED_FILE}"
+            args = ["pull", url, f"--output={path}", f"--termination-log={TERMINATION_LOG}"]
             pull = {
                 **_container(names.PULL_CONTAINER, image, args),
+                **_environment(service, *([_hub_token(token)] if token is not None else [])),
                 "resources": _resources(service, gpus=False),
                 "volumeMounts": [{"name": "model", "mountPath": MODEL_DIR}, {"name": "tmp", "mountPath": TMP_DIR}],
             }
-            return _Model(PULLED_FILE, {"emptyDir": {}}, (pull,))
+            if cache is None:
+                return _Model(path, {"emptyDir": {}}, (pull,))
+            claim = cache.claim_name or names.volume_claim(service.name)
+            return _Model(path, {"persistentVolumeClaim": {"claimName": claim}}, (pull,))
+
+
+def _key_volume(secret: KeySecret) -> Manifest:
+    items = [{"key": secret.key, "path": API_KEY_FILE}]
+    return {"name": "api-keys", "secret": {"secretName": secret.name, "defaultMode": 0o440, "items": items}}
+
+
+def _environment(service: InferenceService, *more: Manifest) -> Manifest:
+    """What the user puts into the environment of both containers; HF_TOKEN is not among it."""
+    env = [*(variable.to_dict() for variable in service.spec.pod.env), *more]
+    return {"env": env} if env else {}
+
+
+def _hub_token(secret: TokenSecret) -> Manifest:
+    return {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}
 
 
 def _engine_container(service: InferenceService, image: str, model_path: str) -> Manifest:
@@ -130,10 +170,13 @@ def _engine_container(service: InferenceService, image: str, model_path: str) ->
         {"name": "model", "mountPath": MODEL_DIR, "readOnly": True},
         {"name": "tmp", "mountPath": TMP_DIR},
     ]
+    if service.spec.endpoint.api_key_secret is not None:
+        mounts.append({"name": "api-keys", "mountPath": API_KEY_DIR, "readOnly": True})
     if service.spec.accelerator.tensor_parallel_size > 1:
         mounts.append({"name": "shm", "mountPath": SHM_DIR})
     return {
         **_container(names.ENGINE_CONTAINER, image, _serve_args(service, model_path)),
+        **_environment(service),
         "ports": [{"name": names.HTTP_PORT_NAME, "containerPort": names.HTTP_PORT, "protocol": "TCP"}],
         "resources": _resources(service, gpus=True),
         "startupProbe": _probe(
@@ -165,14 +208,21 @@ def _container(name: str, image: str, args: list[str]) -> Manifest:
 
 def _serve_args(service: InferenceService, model_path: str) -> list[str]:
     spec = service.spec
-    optional = {"--max-model-len": spec.engine.max_model_len, "--max-num-seqs": spec.engine.max_num_seqs}
+    keys = f"{API_KEY_DIR}/{API_KEY_FILE}" if spec.endpoint.api_key_secret is not None else None
+    optional = {
+        "--quantization": spec.engine.quantization,
+        "--gpu-memory-utilization": spec.engine.gpu_memory_utilization,
+        "--max-model-len": spec.engine.max_model_len,
+        "--max-num-seqs": spec.engine.max_num_seqs,
+        "--api-key-file": keys,
+    }
     return [
         "serve",
         model_path,
         "--host=0.0.0.0",
         f"--port={names.HTTP_PORT}",
         f"--served-model-name={service.served_model_name}",
-        f"--device={'cuda' if spec.accelerator.type == 'nvidia' else 'cpu'}",
+        f"--device={spec.device}",
         f"--tensor-parallel-size={spec.accelerator.tensor_parallel_size}",
         f"--dtype={spec.engine.dtype}",
         *(f"{flag}={value}" for flag, value in optional.items() if value is not None),

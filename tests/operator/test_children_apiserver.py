@@ -1,0 +1,103 @@
+"""Children that not every service or not every cluster has, against a real API server."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import pytest
+
+from octavo_cluster.playground import Playground, eventually
+from octavo_operator.resources import POD_MONITOR, SCALED_OBJECT, Resource
+
+pytestmark = pytest.mark.apiserver
+
+ELASTIC: Final[dict[str, Any]] = {"autoscaling": {"maxReplicas": 9}, "resources": {"requests": {"cpu": "1"}}}
+CACHE: Final = "llama-model-cache"
+
+
+def definition(resource: Resource) -> dict[str, Any]:
+    """A CRD of the kind that takes anything: enough to be served."""
+    group, version = resource.api_version.split("/")
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{resource.plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": resource.kind, "plural": resource.plural},
+            "versions": [
+                {"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}},
+            ],
+        },
+    }
+
+
+@contextmanager
+def installed(playground: Playground, *resources: Resource) -> Iterator[None]:
+    """The cluster has these kinds, until the end of the block."""
+    kubectl = playground.server.kubectl
+    documents = [definition(resource) for resource in resources]
+    names = [f"crd/{document['metadata']['name']}" for document in documents]
+    kubectl("create", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
+    try:
+        kubectl("wait", *names, "--for=condition=Established", "--timeout=30s")
+        yield
+    finally:
+        kubectl("delete", *names, "--timeout=60s")
+
+
+def test_kinds_that_are_installed_later_are_used_and_given_up_when_they_go(playground: Playground) -> None:
+    with playground.operator() as operator:
+        playground.apply(**ELASTIC)
+        eventually(lambda: playground.get("hpa") is not None, "an autoscaler")
+        with installed(playground, POD_MONITOR, SCALED_OBJECT):
+            eventually(lambda: playground.get("podmonitor") is not None, "a PodMonitor", seconds=40)
+            eventually(lambda: playground.get("scaledobject") is not None, "a ScaledObject", seconds=40)
+            eventually(lambda: playground.get("hpa") is None, "no other autoscaler")
+            assert playground.there("podmonitor")["metadata"]["ownerReferences"]
+            assert (
+                "replicas" not in playground.there("deployment")["metadata"]["managedFields"][0]["fieldsV1"]["f:spec"]
+            )
+            playground.patch("podmonitor", {"spec": {"podMetricsEndpoints": []}})
+            eventually(lambda: playground.there("podmonitor")["spec"]["podMetricsEndpoints"] != [], "the endpoint back")
+            operator.rest(reconciles=3)
+            written = len(playground.audit())
+            playground.kubectl("label", "ois", "llama", "touched=yes")
+            operator.rest(reconciles=4)
+            assert playground.audit()[written:] == []
+        eventually(lambda: playground.get("hpa") is not None, "the autoscaler back", seconds=40)
+
+
+def test_kinds_that_are_there_first_are_used_from_the_start(playground: Playground) -> None:
+    with installed(playground, POD_MONITOR, SCALED_OBJECT), playground.operator():
+        playground.apply(**ELASTIC)
+        eventually(lambda: playground.get("scaledobject") is not None, "a ScaledObject")
+        eventually(lambda: playground.get("podmonitor") is not None, "a PodMonitor")
+        kinds = {line["objectRef"]["resource"] for line in playground.audit()}
+        assert "horizontalpodautoscalers" not in kinds
+
+
+def test_a_cache_comes_with_its_field_comes_back_and_goes_with_its_field(playground: Playground) -> None:
+    remote = {"source": "hf://org/repo:model.gguf"}
+    with playground.operator() as operator:
+        playground.apply(model={**remote, "cache": {"size": "1Gi"}})
+        eventually(lambda: playground.get("persistentvolumeclaim", CACHE) is not None, "a claim")
+        claim = playground.there("persistentvolumeclaim", CACHE)
+        assert claim["metadata"]["ownerReferences"][0]["kind"] == "InferenceService"
+        operator.rest(reconciles=2)
+        written = len(playground.audit())
+        playground.kubectl("label", "ois", "llama", "touched=yes")
+        operator.rest(reconciles=3)
+        assert playground.audit()[written:] == []
+        uid = claim["metadata"]["uid"]
+        # No controller lifts the finalizer that protects claims in use.
+        playground.kubectl("delete", "pvc", CACHE, "--wait=false")
+        playground.patch("persistentvolumeclaim", {"metadata": {"finalizers": None}}, CACHE)
+        eventually(lambda: playground.uid("persistentvolumeclaim", CACHE) not in {uid, None}, "a new claim")
+        playground.apply(model=remote)
+        eventually(
+            lambda: "deletionTimestamp" in playground.there("persistentvolumeclaim", CACHE)["metadata"], "no claim"
+        )
