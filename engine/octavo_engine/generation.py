@@ -76,6 +76,11 @@ class LanguageModel:
         self._tokenizer = text.tokenizer
         self._template = text.template
 
+    @property
+    def has_template(self) -> bool:
+        """Whether it can chat."""
+        return self._template is not None
+
     async def encode_chat(self, messages: Sequence[Message], *, must_fit: bool = True) -> list[int]:
         """Return the prompt for the next assistant message. Control tokens in messages are ordinary text.
 

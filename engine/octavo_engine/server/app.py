@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 import octavo_engine
 from octavo_engine.server import envelope, health
 from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
+from octavo_engine.server.ollama import routes as ollama
 from octavo_engine.server.openai import routes, tokens
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(health.router)
     app.include_router(routes.router)
     app.include_router(tokens.router)
+    app.include_router(ollama.router)
     envelope.install(app)
     config = service.config
     if keys := ApiKeys(config.api_key, config.api_key_file):
@@ -86,7 +88,7 @@ class _EveryRequest:
         if self._service.draining:
             # Requests that began before are let through, whatever they have still to pass. Probes are always answered.
             if scope["method"] == "POST":
-                refusal = envelope.respond(self._service.refusal_while_draining())
+                refusal = envelope.respond(self._service.refusal_while_draining(), scope["path"])
                 await refusal(scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from octavo_engine.errors import ConfigError
-from octavo_engine.server.envelope import envelope
+from octavo_engine.server.envelope import envelope, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,7 +101,9 @@ class RequireApiKey:
             if scheme.lower() != "bearer" or not self._keys.accept(key.strip()):
                 what = "the API key is not one of this server's" if key else "an API key is required"
                 body = envelope(401, f"{what}; send it as Authorization: Bearer KEY", code="invalid_api_key")
-                await JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                await JSONResponse(shaped(body, scope["path"]), 401, {"WWW-Authenticate": "Bearer"})(
+                    scope, receive, send
+                )
                 return
         await self._app(scope, receive, send)
 

@@ -1,5 +1,7 @@
 """OpenAI's error envelope, in which every failure of the server is told: {"error": {message, type, param, code}}.
 
+Under /api, where Ollama's clients are, it is {"error": message}.
+
 What is echoed of a request is bounded, so that a small body never makes a large reply.
 """
 
@@ -48,11 +50,16 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
             return 500, envelope(500, "the server failed to answer; its log has the cause")
 
 
-def respond(error: Exception) -> JSONResponse:
-    """Return the response for an error of this package."""
+def respond(error: Exception, path: str) -> JSONResponse:
+    """Return the response for an error of this package, to a request for `path`."""
     status, body = describe(error)
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, NotServing) else None
-    return JSONResponse(body, status, headers)
+    return JSONResponse(shaped(body, path), status, headers)
+
+
+def shaped(body: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the body of an error as the clients of `path` know it."""
+    return {"error": body["error"]["message"]} if path.startswith("/api/") else body
 
 
 def install(app: FastAPI) -> None:
@@ -63,11 +70,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
-async def _on_error(_request: Request, error: Exception) -> JSONResponse:
-    return respond(error)
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    return respond(error, request.url.path)
 
 
-async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     errors: Sequence[Mapping[str, Any]] = error.errors() if isinstance(error, RequestValidationError) else ()
     first = errors[0]
     cause = first.get("ctx", {}).get("error")
@@ -85,7 +92,7 @@ async def _on_validation_error(_request: Request, error: Exception) -> JSONRespo
         param, message = path or None, f"{path or 'body'}: {first['msg'][:_MAX_ECHO]}"
     if len(errors) > 1:
         message += f" (and {len(errors) - 1} more errors)"
-    return JSONResponse(envelope(400, message, param=param), 400)
+    return JSONResponse(shaped(envelope(400, message, param=param), request.url.path), 400)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -93,7 +100,8 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     if isinstance(error, HTTPException):
         status, detail, headers = error.status_code, error.detail, error.headers
     place = f"{request.method} {request.url.path}"[:_MAX_ECHO]
-    return JSONResponse(envelope(status, f"{detail[:_MAX_ECHO]}: {place}"), status, headers)
+    body = envelope(status, f"{detail[:_MAX_ECHO]}: {place}")
+    return JSONResponse(shaped(body, request.url.path), status, headers)
 
 
 def _printable(text: str) -> str:

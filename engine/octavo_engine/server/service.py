@@ -65,7 +65,7 @@ class Service:
         self.config = config
         self.metrics = Metrics(config.engine.served_model_names[0])
         self.draining = False
-        self._location = location
+        self.location = location
         self._hub = hub
         self._spawn = spawn
         self._starting = Readiness("Starting", reason="the server is starting")
@@ -82,18 +82,18 @@ class Service:
             UserError: the model cannot be served.
             EngineDead: the engine process ended.
         """
-        if self._location.is_missing and self._location.source is not None:
-            _log.info("pulling %s", self._location.source.text)
+        if self.location.is_missing and self.location.source is not None:
+            _log.info("pulling %s", self.location.source.text)
             await pull(
-                self._location.source,
-                self._location.path,
+                self.location.source,
+                self.location.path,
                 hub=self._hub,
-                sha256=self._location.sha256,
+                sha256=self.location.sha256,
                 on_progress=self._on_download,
             )
         process, sock = self._spawn(self.config.engine)
         self._client = await EngineClient.start(process, sock, self.metrics)
-        text = await asyncio.to_thread(TextModel.load, self.config.engine.tokenizer or self._location.path)
+        text = await asyncio.to_thread(TextModel.load, self.config.engine.tokenizer or self.location.path)
         facts = await self._client.ready()
         self.metrics.on_ready(facts)
         self._model = LanguageModel(self._client, facts, text)

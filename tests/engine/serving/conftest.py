@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import gguf
 import httpx
+import numpy as np
 import pytest
 
 from octavo_engine import core
@@ -195,7 +196,7 @@ def engine() -> Iterator[FakeEngine]:
 
 @pytest.fixture(scope="session")
 def fake_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF header with a vocabulary of bytes and a ChatML template."""
+    """A GGUF file with a vocabulary of bytes, a ChatML template and nothing to compute with."""
     path = tmp_path_factory.mktemp("models") / "fake.gguf"
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -208,8 +209,16 @@ def fake_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_token_merges(["Ġ Ġ"])  # two spaces: a vocabulary without any merge cannot be written
     writer.add_eos_token_id(EOS)
     writer.add_chat_template(CHATML)
+    writer.add_block_count(1)
+    writer.add_context_length(MAX_MODEL_LEN)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tensor("token_embd.weight", np.zeros((260, 8), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
     return path
 

@@ -1,0 +1,143 @@
+"""The bodies of Ollama's requests. Every field works, is accepted where it asks for nothing, or is refused by name.
+
+Field names and meanings: Ollama's API reference. `options` are parameters.py's.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from octavo_engine.errors import RequestInvalid
+from octavo_engine.parameters import Parameters, check_all
+from octavo_engine.server.body import Neutral, Strict, Text, only, without_neutral
+
+# Fields that clients send, at the values at which they ask for nothing. null always asks for nothing.
+NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
+    "context": only([], instead="send the conversation to /api/chat"),
+    "format": only("", instead="there is no structured output here yet"),
+    "height": only(0),
+    "images": only([], instead="this engine has no models that see images"),
+    "shift": only(False, instead="a full context ends the answer, and nothing of it is dropped"),
+    "steps": only(0),
+    "suffix": only(""),
+    "template": only(""),
+    "think": only(False),
+    "tools": only([]),
+    "truncate": only(False, instead="an overlong prompt is an error, and nothing of it is cut"),
+    "width": only(0),
+}
+NEUTRAL_MESSAGE_FIELDS: Final[Mapping[str, Neutral]] = {
+    "images": only([], instead="this engine has no models that see images"),
+    "tool_calls": only([]),
+    "tool_call_id": only(""),
+    "tool_name": only(""),
+}
+
+_MAX_TOP_LOGPROBS: Final = 20
+_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION: Final = re.compile(r"(?P<sign>[+-]?)(?P<parts>(?:\d+(?:\.\d*)?(?:ns|us|µs|ms|s|m|h))+)", re.ASCII)
+_DURATION_PART: Final = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)", re.ASCII)
+
+
+def _seconds(value: object) -> float | None:
+    """Read a duration: seconds, or as Go writes it (5m, 1h30m). A negative one has no end."""
+    if value is None:
+        return None
+    seconds = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(match["parts"]))
+        seconds = -seconds if match["sign"] == "-" else seconds
+    elif isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value, re.ASCII):
+        seconds = float(value)
+    if math.isnan(seconds):
+        raise RequestInvalid(f"{repr(value)[:50]} is not a number of seconds, or a duration such as 5m or 1h30m")
+    return math.inf if seconds < 0 else seconds
+
+
+def _checked_options(value: object) -> object:
+    if not isinstance(value, dict):
+        raise RequestInvalid("options must be an object")
+    return check_all(value)
+
+
+class _GenerationBody(Strict):
+    """What both endpoints have in common."""
+
+    model: Annotated[str, Field(min_length=1)]
+    stream: bool | None = None  # null: true
+    options: Annotated[dict[str, Any], BeforeValidator(_checked_options)] | None = None
+    keep_alive: Annotated[Any, AfterValidator(_seconds)] = None  # seconds
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return without_neutral(body, NEUTRAL_FIELDS)
+
+    @property
+    def parameters(self) -> Parameters:
+        """The options."""
+        return self.options or {}
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens to tell with the logprob of each token; None: no logprobs at all."""
+        return (self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None
+
+
+class GenerateRequest(_GenerationBody):
+    """The body of POST /api/generate."""
+
+    prompt: Text | None = None  # null or empty: only load the model
+    system: Text | None = None
+    raw: bool | None = None  # the prompt is taken as it is, without a template
+
+    @model_validator(mode="after")
+    def _check_raw(self) -> "GenerateRequest":
+        if self.raw and self.system:
+            raise RequestInvalid("system needs a template, and raw: true leaves it out", param="system")
+        return self
+
+
+class ChatMessage(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text = ""
+    thinking: Text | None = None  # what the model thought before an answer of before
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return without_neutral(body, NEUTRAL_MESSAGE_FIELDS)
+
+    def for_template(self) -> dict[str, str]:
+        """Return the message as templates know it."""
+        thinking = {"reasoning_content": self.thinking} if self.thinking is not None else {}
+        return {"role": self.role, "content": self.content} | thinking
+
+
+class ChatRequest(_GenerationBody):
+    """The body of POST /api/chat."""
+
+    messages: list[ChatMessage] | None = None  # null or empty: only load the model
+
+
+class ShowRequest(Strict):
+    """The body of POST /api/show."""
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    name: Annotated[str, Field(min_length=1)] | None = None  # what `model` was called before
+    verbose: bool | None = None  # the long lists of model_info too
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "ShowRequest":
+        if self.model is None and self.name is None:
+            raise RequestInvalid("model is required", param="model")
+        return self

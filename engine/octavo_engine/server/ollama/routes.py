@@ -1,0 +1,266 @@
+"""Ollama's API under /api, and the answer at / by which its clients know it.
+
+Generates through the same service as OpenAI's routes do. A server of one model keeps that model loaded, whatever
+`keep_alive` says.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+
+from octavo_engine.answer import TextDelta, TextLogprobs, TokenText
+from octavo_engine.errors import OctavoError, RequestInvalid
+from octavo_engine.generation import GenerationRequest, LanguageModel
+from octavo_engine.parameters import max_tokens_of, sampling_params, stop_strings
+from octavo_engine.server.dependencies import Admission, CurrentService
+from octavo_engine.server.disconnect import unless_gone
+from octavo_engine.server.envelope import describe as describe_error
+from octavo_engine.server.ollama.describe import Description, describe, model_info
+from octavo_engine.server.ollama.protocol import ChatRequest, GenerateRequest, ShowRequest
+from octavo_engine.server.service import Service
+
+# The release of Ollama whose API this is: clients look at the number before they use what came with it.
+_OLLAMA_VERSION: Final = "0.12.11"
+_CLIENT_GONE: Final = 499  # nginx's status for a client that left; nobody reads it
+_LATEST: Final = ":latest"  # the tag of a name without one
+_NEVER: Final = "9999-12-31T23:59:59Z"  # when a model is unloaded that stays
+
+
+class _AnyContentType(APIRoute):
+    """A route that takes bodies as JSON whatever they are called, as Ollama does: curl calls them a form."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what handles a request (fastapi's "Custom Request and APIRoute class")."""
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            MutableHeaders(scope=request.scope)["Content-Type"] = "application/json"
+            return await handle(Request(request.scope, request.receive))
+
+        return handle_json
+
+
+router = APIRouter(tags=["ollama"], route_class=_AnyContentType)
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def probe() -> PlainTextResponse:
+    """Ollama's own words, which its clients compare."""
+    return PlainTextResponse("Ollama is running")
+
+
+@router.api_route("/api/version", methods=["GET", "HEAD"])
+async def version() -> JSONResponse:
+    """The release of Ollama that a client may take this server for; /version has Octavo's."""
+    return JSONResponse({"version": _OLLAMA_VERSION})
+
+
+@router.api_route("/api/tags", methods=["GET", "HEAD"])
+async def list_models(service: CurrentService) -> JSONResponse:
+    """The models that can be asked for."""
+    description = await _describe(service)
+    return JSONResponse({"models": [_card(name, description) for name in service.config.engine.served_model_names]})
+
+
+@router.get("/api/ps")
+async def list_loaded(service: CurrentService) -> JSONResponse:
+    """The models that are in memory."""
+    model, description = service.loaded_model(), await _describe(service)
+    loaded = {
+        "expires_at": _NEVER,
+        "size_vram": 0 if model.facts.device.startswith("cpu") else description.num_bytes,
+        "context_length": model.facts.max_model_len,
+    }
+    names = service.config.engine.served_model_names[:1]
+    return JSONResponse({"models": [_card(name, description) | loaded for name in names]})
+
+
+@router.post("/api/show")
+async def show(body: ShowRequest, service: CurrentService) -> JSONResponse:
+    """What is known of a model."""
+    _model_named(service, body.model or body.name or "")
+    description = await _describe(service)
+    return JSONResponse(
+        {
+            "license": description.license,
+            "modelfile": f"FROM {service.location.path}\n",
+            "parameters": "",
+            "template": description.template,
+            "details": description.details,
+            "model_info": model_info(description, verbose=bool(body.verbose)),
+            "capabilities": ["completion"],
+            "modified_at": description.modified_at,
+        }
+    )
+
+
+@router.post("/api/generate")
+async def generate(body: GenerateRequest, request: Request, service: CurrentService, _admitted: Admission) -> Response:
+    """Answer one prompt, or continue it."""
+    answer = _Answer(body, lambda text: {"response": text})
+    model = _model_named(service, body.model)
+    if not body.prompt:
+        return JSONResponse(answer.loaded())
+    if body.raw or not model.has_template:
+        if body.system:
+            raise RequestInvalid("this model has no template that a system message could be put into", param="system")
+        prompt = await model.encode_prompt(body.prompt)
+    else:
+        system = [{"role": "system", "content": body.system}] if body.system else []
+        prompt = await model.encode_chat([*system, {"role": "user", "content": body.prompt}])
+    return await _respond(request, service, model, prompt, answer)
+
+
+@router.post("/api/chat")
+async def chat(body: ChatRequest, request: Request, service: CurrentService, _admitted: Admission) -> Response:
+    """Answer a conversation."""
+    answer = _Answer(body, lambda text: {"message": {"role": "assistant", "content": text}})
+    model = _model_named(service, body.model)
+    if not body.messages:
+        return JSONResponse(answer.loaded())
+    prompt = await model.encode_chat([message.for_template() for message in body.messages])
+    return await _respond(request, service, model, prompt, answer)
+
+
+def _model_named(service: Service, name: str) -> LanguageModel:
+    names = service.config.engine.served_model_names
+    if name not in names and name.removesuffix(_LATEST) not in names:
+        raise RequestInvalid(
+            f"model {name[:100]!r} not found; served here: {', '.join(names)}", param="model", status=404
+        )
+    return service.loaded_model()
+
+
+async def _describe(service: Service) -> Description:
+    service.loaded_model()  # or else there may be no file yet
+    return await asyncio.to_thread(describe, service.location.path)
+
+
+def _card(name: str, description: Description) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": description.modified_at,
+        "size": description.num_bytes,
+        "digest": description.digest,
+        "details": description.details,
+    }
+
+
+async def _respond(
+    request: Request, service: Service, model: LanguageModel, prompt: list[int], answer: "_Answer"
+) -> Response:
+    deltas = service.generate(model, answer.begin(prompt, model.facts.max_model_len))
+    if answer.is_streamed:
+        return StreamingResponse(answer.lines(deltas), media_type="application/x-ndjson")
+    whole = await unless_gone(request, answer.whole(deltas))
+    return Response(status_code=_CLIENT_GONE) if whole is None else JSONResponse(whole)
+
+
+class _Answer:
+    """The answer to one request, as one object or as a line for each piece.
+
+    Args:
+        body: of the request.
+        piece: puts text where the endpoint has it.
+    """
+
+    def __init__(self, body: GenerateRequest | ChatRequest, piece: Callable[[str], dict[str, Any]]) -> None:
+        self.is_streamed = body.stream is not False
+        self._body = body
+        self._piece = piece
+        self._started = time.monotonic_ns()
+        self._begun = self._started
+        self._num_prompt_tokens = 0
+
+    def begin(self, prompt: list[int], max_model_len: int) -> GenerationRequest:
+        """Return what to generate, now that the model is there. What took time until now was not the model's work.
+
+        Raises:
+            RequestInvalid: the options do not go with this prompt or model.
+        """
+        self._begun = time.monotonic_ns()
+        self._num_prompt_tokens = len(prompt)
+        parameters = self._body.parameters
+        max_tokens = max_tokens_of(parameters, len(prompt), max_model_len)
+        return GenerationRequest(
+            request_id=f"ollama-{uuid.uuid4().hex}",
+            prompt_token_ids=prompt,
+            sampling=sampling_params(parameters, max_tokens, self._body.num_logprobs),
+            stop=stop_strings(parameters),
+        )
+
+    def loaded(self) -> dict[str, Any]:
+        """The answer to a request that asks for nothing but the model in memory."""
+        return self._object("", ()) | {"done": True, "done_reason": "load"}
+
+    async def whole(self, deltas: AsyncGenerator[TextDelta, None]) -> dict[str, Any]:
+        """The body of a response in one piece."""
+        text = ""
+        logprobs: list[TextLogprobs] = []
+        ending: dict[str, Any] = {}
+        async for delta, ending in self._pieces(deltas):  # noqa: B007 - the last one is what counts
+            text += delta.text
+            logprobs += delta.logprobs
+        return self._object(text, logprobs) | ending
+
+    async def lines(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncIterator[bytes]:
+        """Lines of JSON. A failure after the 200 is a line with the error."""
+        try:
+            async for delta, ending in self._pieces(deltas):
+                if delta.text or delta.logprobs:
+                    yield _line(self._object(delta.text, delta.logprobs) | {"done": False})
+                if ending:
+                    yield _line(self._object("", ()) | ending)
+        except OctavoError as error:
+            yield _line({"error": describe_error(error)[1]["error"]["message"]})
+
+    async def _pieces(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncIterator[tuple[TextDelta, dict[str, Any]]]:
+        """Yield each piece with what the answer ends with, which is empty until the last one."""
+        first = 0
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                first = first or time.monotonic_ns()
+                yield delta, self._ending(delta, first) if delta.finish_reason is not None else {}
+
+    def _object(self, text: str, logprobs: Sequence[TextLogprobs]) -> dict[str, Any]:
+        created_at = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        body = {"model": self._body.model, "created_at": created_at} | self._piece(text)
+        if self._body.num_logprobs is not None and logprobs:
+            body["logprobs"] = [
+                _token(entry.token) | {"top_logprobs": [_token(token) for token in entry.top]} for entry in logprobs
+            ]
+        return body
+
+    def _ending(self, last: TextDelta, first: int) -> dict[str, Any]:
+        now = time.monotonic_ns()
+        return {
+            "done": True,
+            "done_reason": last.finish_reason,
+            "total_duration": now - self._started,
+            "load_duration": self._begun - self._started,
+            "prompt_eval_count": self._num_prompt_tokens,
+            "prompt_eval_duration": first - self._begun,
+            "eval_count": last.num_tokens,
+            "eval_duration": now - first,
+        }
+
+
+def _token(token: TokenText) -> dict[str, Any]:
+    logprob = max(token.logprob, -9999.0)  # JSON has no minus infinity
+    return {"token": token.text.decode(errors="replace"), "logprob": logprob, "bytes": list(token.text)}
+
+
+def _line(body: dict[str, Any]) -> bytes:
+    return msgspec.json.encode(body) + b"\n"
