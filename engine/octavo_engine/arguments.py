@@ -83,7 +83,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     group.add_argument(
         "--gpu-memory", type=size, metavar="SIZE", help="memory of each GPU, such as 80GiB (default: none)"
     )
-    _add_dtype(group)
+    _add_numbers(group)
     _add_memory_options(plan.add_argument_group("memory and batching"))
 
     pull = add("pull", "fetch a model", epilog=_ENVIRONMENT_HELP)
@@ -218,26 +218,26 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_memory_options(parser.add_argument_group("memory and batching"))
 
 
-def _add_dtype(group: argparse._ActionsContainer) -> None:
+def _add_numbers(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--dtype",
         choices=get_args(DType),
         default=_DEFAULTS["dtype"],
-        help="of computation and KV cache; auto: bfloat16 where the device computes in it, else float32 "
-        "(default: %(default)s)",
+        help="of computation and KV cache; auto: on a CPU int8 with quantised weights as the file has them, else "
+        "bfloat16 where the device computes in it, else float32 (default: %(default)s)",
     )
-
-
-def _add_model_options(group: argparse._ActionsContainer) -> None:
-    _add_dtype(group)
     group.add_argument(
         "--quantization",
         type=_quantization,
         default=_DEFAULTS["quantization"],
         metavar="METHOD",
-        help="auto: weights stay as the file has them where the device computes with them; none: they are "
+        help="auto: weights stay as the file has them where --dtype auto computes with them; none: they are "
         "dequantised to --dtype (default: %(default)s)",
     )
+
+
+def _add_model_options(group: argparse._ActionsContainer) -> None:
+    _add_numbers(group)
     group.add_argument(
         "--tokenizer",
         type=Path,
@@ -260,7 +260,8 @@ def _add_model_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="a request's tokens depend on no other request: takes float32 on a CPU, refused where it cannot be kept "
+        help="a request's tokens depend on no other request: costs nothing with the CPU kernel, takes float32 without "
+        "it, refused where it cannot be kept "
         "(default: off)",
     )
     group.add_argument(

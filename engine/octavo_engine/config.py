@@ -26,8 +26,8 @@ class EngineConfig:
 
     model: Path  # a GGUF file on this machine
     served_model_names: tuple[str, ...]  # names that clients may use; the first one is reported
-    dtype: DType = "auto"  # computation and KV-cache type; auto: bfloat16 where the device computes in it, else float32
-    quantization: Quantization = "auto"  # auto: weights as the file has them; none: dequantised to the dtype
+    dtype: DType = "auto"  # of computation and KV cache; auto: planning.choose_cpu_dtype, device.choose_gpu_dtype
+    quantization: Quantization = "auto"  # auto: weights may stay as the file has them; none: dequantised to the dtype
     tokenizer: Path | None = None  # file with tokenizer and chat template; None: the model's own
     device: Device = "auto"  # auto: cuda where there is a usable GPU, else cpu; an explicit device is never replaced
     tensor_parallel_size: int = 1  # ranks that share the model

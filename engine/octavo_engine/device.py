@@ -15,6 +15,7 @@ from octavo_engine.sizing import Memory
 
 if TYPE_CHECKING:
     from octavo_engine.config import Device, EngineConfig
+    from octavo_engine.planning import ComputeDType
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,14 +36,12 @@ def choose_device(wanted: Device) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_dtype(config: EngineConfig, device: torch.device) -> str:
-    """The dtype for `--dtype`; auto is bfloat16 where the device multiplies it natively, else float32.
+def choose_gpu_dtype(config: EngineConfig) -> ComputeDType:
+    """The dtype for `--dtype` on a GPU; auto is bfloat16 where it multiplies that natively, else float32.
 
     Raises:
-        ConfigError: --deterministic, and the dtype does not allow it.
+        ConfigError: --deterministic, and the device does not allow it.
     """
-    if device.type == "cpu":
-        return planning.choose_cpu_dtype(config)
     if config.deterministic:
         raise ConfigError("--deterministic: not with a GPU yet; use --device cpu")
     if config.dtype != "auto":
@@ -63,4 +62,4 @@ def gpu_memory(device: torch.device, utilization: float | None) -> Memory:
     free, total = torch.cuda.mem_get_info(device)
     share = utilization or planning.DEFAULT_GPU_MEMORY_UTILIZATION
     available = max(0, int(total * share) - (total - free))
-    return Memory(device="cuda", available_bytes=available, process_bytes=0, native=False)
+    return Memory(device="cuda", available_bytes=available, process_bytes=0, native=None)

@@ -61,7 +61,8 @@ class EngineFacts(Message, frozen=True):
     max_model_len: int  # longest prompt + output, tokens
     block_size: int
     num_blocks: int
-    dtype: str
+    dtype: str  # of the inputs of matrix products
+    cache_dtype: str  # of the KV cache
     device: str
     num_parameters: int
 

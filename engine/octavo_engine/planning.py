@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from octavo_engine import resources, sizing
-from octavo_engine.cpu.library import NATIVE_DTYPES, best_library
+from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, cache_dtype
+from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError, TensorParallelInvalid, UserError
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.sizing import Memory, MemoryPlan, in_mib
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from octavo_engine.config import EngineConfig
+    from octavo_engine.cpu.compute import Compute
     from octavo_engine.errors import Facts
     from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.weights.gguf import TensorInfo
+
+# What the inputs of matrix products are: a --dtype, or int8 where quantised weights stay as they are (docs/cpu.md).
+ComputeDType = Literal["float32", "bfloat16", "float16", "int8"]
 
 DEFAULT_GPU_MEMORY_UTILIZATION: Final = 0.9  # vLLM's
 
@@ -82,9 +87,15 @@ class Plan:
 
     model: Model
     device: str
-    dtype: str
+    dtype: ComputeDType
+    native: Compute | None  # what the C++ decoder computes in; None: torch computes
     num_devices: int
     memory: MemoryPlan  # of each device
+
+    @property
+    def cache_dtype(self) -> str:
+        """The type of cached keys and values."""
+        return cache_dtype(self.native) if self.native else self.dtype
 
     def facts(self) -> Facts:
         """For machines."""
@@ -92,6 +103,7 @@ class Plan:
         return self.model.facts() | {
             "device": self.device,
             "dtype": self.dtype,
+            "cacheDtype": self.cache_dtype,
             "tensorParallelSize": self.num_devices,
             "availableBytes": memory.available_bytes,
             "processBytes": memory.process_bytes,
@@ -116,7 +128,7 @@ class Plan:
         kv = f"{memory.num_blocks:,} blocks of {memory.block_size} tokens of {memory.kv_bytes_per_token:,} bytes"
         rows = (
             ("model", f"{checkpoint.architecture}, {parameters:,.1f} M parameters, {model.quantization}"),
-            ("device", f"{_devices(self.device, self.num_devices)} in {self.dtype}"),
+            ("device", f"{_devices(self.device, self.num_devices)} in {self.dtype}, KV cache in {self.cache_dtype}"),
             ("available", in_mib(memory.available_bytes) + _each(self.num_devices)),
             ("  processes", in_mib(memory.process_bytes)),
             ("  margin", in_mib(memory.margin_bytes)),
@@ -157,7 +169,7 @@ def check_parallelism(model: Model, config: EngineConfig) -> None:
         )
 
 
-def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: str, memory: Memory) -> Plan:
+def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: ComputeDType, memory: Memory) -> Plan:
     """Plan how `model` runs with these options on a device.
 
     Raises:
@@ -170,7 +182,14 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: str, me
     except UserError as error:
         error.facts = model.facts() | error.facts
         raise
-    return Plan(model=model, device=device, dtype=dtype, num_devices=config.tensor_parallel_size, memory=divided)
+    return Plan(
+        model=model,
+        device=device,
+        dtype=dtype,
+        native=memory.native,
+        num_devices=config.tensor_parallel_size,
+        memory=divided,
+    )
 
 
 def plan_for_cpu(model: Model, config: EngineConfig, *, processes: tuple[int, ...]) -> Plan:
@@ -184,14 +203,14 @@ def plan_for_cpu(model: Model, config: EngineConfig, *, processes: tuple[int, ..
     Raises:
         UserError: as make_plan.
     """
-    dtype = choose_cpu_dtype(config)
-    is_native = dtype in NATIVE_DTYPES and best_library() is not None
+    has_library = best_library() is not None
+    dtype = choose_cpu_dtype(model, config, has_library=has_library)
     available = resources.available_memory() + sum(resources.anonymous_memory(pid) for pid in processes)
     memory = Memory(
         device="cpu",
         available_bytes=available,
         process_bytes=sizing.API_PROCESS_BYTES + sizing.ENGINE_PROCESS_BYTES,
-        native=is_native,
+        native=dtype if has_library and dtype != "float16" else None,
     )
     return make_plan(model, config, device="cpu", dtype=dtype, memory=memory)
 
@@ -204,9 +223,9 @@ def plan_for_gpus(model: Model, config: EngineConfig, *, gpu_memory: int) -> Pla
     """
     share = config.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
     memory = Memory(
-        device="cuda", available_bytes=int(gpu_memory * share), process_bytes=sizing.CUDA_CONTEXT_BYTES, native=False
+        device="cuda", available_bytes=int(gpu_memory * share), process_bytes=sizing.CUDA_CONTEXT_BYTES, native=None
     )
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    dtype: ComputeDType = "bfloat16" if config.dtype == "auto" else config.dtype
     return make_plan(model, config, device="cuda", dtype=dtype, memory=memory)
 
 
@@ -223,19 +242,28 @@ def plan_ahead(config: EngineConfig) -> Plan | None:
     return plan_for_cpu(read_model(config.model), config, processes=(os.getpid(), os.getppid()))
 
 
-def choose_cpu_dtype(config: EngineConfig) -> str:
-    """The dtype for `--dtype` on this machine's processors.
+def choose_cpu_dtype(model: Model, config: EngineConfig, *, has_library: bool) -> ComputeDType:
+    """What to compute in for `--dtype` on this machine's processors.
+
+    auto is int8 where the library can take weights as they are, else bfloat16 where the processors multiply it, else
+    float32. With the library all three are deterministic; torch's sums depend on the batch, and then in less than
+    float32 the tokens do.
 
     Raises:
         ConfigError: --deterministic, and the dtype does not allow it.
     """
-    if config.deterministic and config.dtype not in {"auto", "float32"}:
+    deterministic_dtypes = {"auto", "float32"} | ({"bfloat16"} if has_library else set())
+    if config.deterministic and config.dtype not in deterministic_dtypes:
         raise ConfigError(
-            f"--deterministic: on a CPU a request's {config.dtype} results depend on its batch; use --dtype float32"
+            f"--deterministic: on this CPU a request's {config.dtype} results depend on its batch; use --dtype float32"
         )
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if resources.has_native_bfloat16() and not config.deterministic else "float32"
+    stays_quantised = config.quantization == "auto" and any(t.quant_type in NATIVE_GROUP_BYTES for t in model.tensors)
+    if has_library and stays_quantised:
+        return "int8"
+    is_bfloat16_deterministic = has_library or not config.deterministic
+    return "bfloat16" if resources.has_native_bfloat16() and is_bfloat16_deterministic else "float32"
 
 
 def _refuse_contradictions(config: EngineConfig, device: str) -> None:

@@ -18,7 +18,7 @@ from octavo_engine import device as devices
 from octavo_engine import planning, resources, sampler
 from octavo_engine.attention.base import AttentionRules, CacheShape
 from octavo_engine.attention.reference import ReferenceAttention
-from octavo_engine.cpu.decoder import CpuDecoder, choose_compute
+from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError
 from octavo_engine.messages import EngineFacts
@@ -97,19 +97,17 @@ def load_runner(
             f"--tensor-parallel-size {config.tensor_parallel_size}: the model runs on one device in this version; use 1"
         )
     _log.info("%s", plan.describe())
-    checkpoint, memory, dtype = plan.model.checkpoint, plan.memory, devices.torch_dtype(plan.dtype)
-    spec = checkpoint.spec
-    library = best_library() if device.type == "cpu" else None
-    compute = choose_compute(dtype) if library is not None else None
+    checkpoint, memory, spec = plan.model.checkpoint, plan.memory, plan.model.spec
+    library = best_library() if plan.native else None
     torch.set_num_threads(resources.num_threads())
     weights = WeightSource(checkpoint, on_progress=lambda done, total: on_progress("Loading", done, total))
     steps: Steps
-    if library is not None and compute is not None:
+    if library is not None and plan.native is not None:
         steps = CpuDecoder(
             library,
             spec,
             weights,
-            compute=compute,
+            compute=plan.native,
             num_positions=memory.max_model_len,
             num_blocks=memory.num_blocks,
             block_size=memory.block_size,
@@ -118,7 +116,7 @@ def load_runner(
         # The library has its own threads. Those of torch spin for milliseconds after a product, on the same processors.
         torch.set_num_threads(1)
     else:
-        steps = _torch_steps(spec, weights, memory, dtype, device)
+        steps = _torch_steps(spec, weights, memory, devices.torch_dtype(plan.dtype), device)
     weights.check_all_read()
     runner = ModelRunner(steps, seed=config.seed)
     on_progress("Warmup", 0, 1)
@@ -129,6 +127,7 @@ def load_runner(
         block_size=memory.block_size,
         num_blocks=memory.num_blocks,
         dtype=plan.dtype,
+        cache_dtype=plan.cache_dtype,
         device=device.type,
         num_parameters=checkpoint.num_parameters,
     )
@@ -139,9 +138,7 @@ def _plan(model: Model, config: EngineConfig, device: torch.device) -> Plan:
     if device.type == "cpu":
         return planning.plan_for_cpu(model, config, processes=(os.getpid(), os.getppid()))
     memory = devices.gpu_memory(device, config.gpu_memory_utilization)
-    return planning.make_plan(
-        model, config, device=device.type, dtype=devices.choose_dtype(config, device), memory=memory
-    )
+    return planning.make_plan(model, config, device=device.type, dtype=devices.choose_gpu_dtype(config), memory=memory)
 
 
 def _torch_steps(

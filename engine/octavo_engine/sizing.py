@@ -9,19 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from octavo_engine.cpu import compute as cpu
 from octavo_engine.errors import ConfigError, ModelDoesNotFit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from octavo_engine.config import EngineConfig
+    from octavo_engine.cpu.compute import Compute
     from octavo_engine.errors import Facts
     from octavo_engine.models.spec import DecoderSpec
+    from octavo_engine.planning import ComputeDType
     from octavo_engine.weights.quant_type import QuantType
 
 MIB = 2**20
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # where torch computes
 BLOCK_SIZES = {"cpu": 8, "cuda": 16}  # KV slots in a block, by device
 
 # What two processes take before there is a model, in anonymous memory and in the parts of libraries that are in use.
@@ -43,6 +46,7 @@ MIN_AUTO_MODEL_LEN = 512
 
 _LOGIT_BYTES = 20  # a logit in the compute dtype, as float32 twice, and its cumulative probability as float64
 _NORM_BYTES = 4  # norms and biases stay float32
+_ROTATION_BYTES = 4  # half of a head's numbers have a cosine and a sine each, float32
 
 
 class StoredTensor(Protocol):
@@ -68,7 +72,7 @@ class Memory:
     device: str  # a key of BLOCK_SIZES
     available_bytes: int  # what this engine may take in all
     process_bytes: int  # of it, what goes to processes and libraries before there is a model
-    native: bool  # the C++ decoder computes: it keeps a tied embedding once and needs no mask of attention
+    native: Compute | None  # the C++ decoder computes in this, and keeps all in forms of its own; None: torch computes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +84,7 @@ class MemoryPlan:
     margin_bytes: int  # promised to nobody
     weight_bytes: int  # as they are kept while running
     work_bytes: int  # activations and logits of the largest step
-    kv_bytes_per_token: int  # over all layers
+    kv_bytes_per_token: int  # over all layers; with what a block is padded by, rounded up
     block_size: int  # KV slots in a block
     num_blocks: int
     max_model_len: int  # longest prompt + output, in tokens
@@ -92,7 +96,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    spec: DecoderSpec, tensors: Sequence[StoredTensor], config: EngineConfig, *, dtype: str, memory: Memory
+    spec: DecoderSpec, tensors: Sequence[StoredTensor], config: EngineConfig, *, dtype: ComputeDType, memory: Memory
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -100,7 +104,7 @@ def plan_memory(
         spec: the model's sizes.
         tensors: the model's weights.
         config: the options; its tensor_parallel_size must be one of `tensor_parallel_sizes`.
-        dtype: compute dtype, a key of DTYPE_BYTES.
+        dtype: what is computed in; memory.native where that is set.
         memory: what there is.
 
     Raises:
@@ -112,15 +116,15 @@ def plan_memory(
             f"--max-model-len {config.max_model_len}: the model was trained for {spec.max_context} tokens; "
             f"use at most {spec.max_context}"
         )
-    ranks, itemsize = config.tensor_parallel_size, DTYPE_BYTES[dtype]
+    ranks = config.tensor_parallel_size
     block_size = config.block_size or BLOCK_SIZES[memory.device]
-    kv_bytes_per_token = spec.kv_elements_per_token // ranks * itemsize
+    kv_bytes_per_token = _kv_bytes_per_token(spec, dtype, block_size, native=memory.native) // ranks
     block_bytes = block_size * kv_bytes_per_token
     fixed = {
         "process": memory.process_bytes,
         "margin": int(memory.available_bytes * MARGIN),
-        "weight": weight_bytes(spec, tensors, itemsize, ranks, native=memory.native),
-        "work": _work_bytes(spec, config, itemsize, ranks, native=memory.native),
+        "weight": weight_bytes(spec, tensors, dtype, ranks, native=memory.native),
+        "work": _work_bytes(spec, config, dtype, native=memory.native),
     }
     budget = _kv_budget(spec, config, memory, fixed, kv_bytes_per_token)
     affordable_blocks = budget // block_bytes
@@ -149,13 +153,20 @@ def plan_memory(
     )
 
 
-def weight_bytes(spec: DecoderSpec, tensors: Sequence[StoredTensor], itemsize: int, ranks: int, *, native: bool) -> int:
+def weight_bytes(
+    spec: DecoderSpec, tensors: Sequence[StoredTensor], dtype: ComputeDType, ranks: int, *, native: Compute | None
+) -> int:
     """Bytes of one rank's weights while running: matrices are split over the ranks, vectors are on each."""
-    matrices = sum(tensor.num_elements for tensor in tensors if len(tensor.shape) > 1)
     vectors = sum(tensor.num_elements for tensor in tensors if len(tensor.shape) == 1)
-    if spec.tied_embeddings and not native:  # torch has it in rows to look tokens up, and packed to multiply with
-        matrices += spec.vocab_size * spec.hidden_size
-    return matrices * itemsize // ranks + vectors * _NORM_BYTES
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    if native is not None:
+        num_bytes = sum(cpu.matrix_bytes(native, tensor.quant_type, tensor.shape) for tensor in matrices)
+    else:
+        numbers = sum(tensor.num_elements for tensor in matrices)
+        if spec.tied_embeddings:  # torch has it in rows to look tokens up, and packed to multiply with
+            numbers += spec.vocab_size * spec.hidden_size
+        num_bytes = numbers * _DTYPE_BYTES[dtype]
+    return num_bytes // ranks + vectors * _NORM_BYTES
 
 
 def tensor_parallel_sizes(spec: DecoderSpec, tensors: Sequence[StoredTensor]) -> tuple[int, ...]:
@@ -185,18 +196,30 @@ def in_mib(num_bytes: int) -> str:
     return f"{num_bytes / MIB:.0f} MiB"
 
 
-def _work_bytes(spec: DecoderSpec, config: EngineConfig, itemsize: int, ranks: int, *, native: bool) -> int:
+def _kv_bytes_per_token(spec: DecoderSpec, dtype: ComputeDType, block_size: int, *, native: Compute | None) -> int:
+    if native is not None:
+        return -(-cpu.kv_block_bytes(native, spec, block_size) // block_size)
+    return spec.kv_elements_per_token * _DTYPE_BYTES[dtype]
+
+
+def _work_bytes(spec: DecoderSpec, config: EngineConfig, dtype: ComputeDType, *, native: Compute | None) -> int:
     """Bytes that the largest step needs beside weights and cache.
 
-    Of each token: the residual and its norm, the widest of the layer's intermediate results with its input, and a row
-    of the attention mask of the reference backend. Of each request: its logits.
+    Of each token, in torch: the residual and its norm, the widest of the layer's intermediate results with its input,
+    and a row of the attention mask of the reference backend. Of each request: its logits. Of each position that there
+    may be: its rotations.
     """
-    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim // ranks
-    widest = max(3 * spec.intermediate_size // ranks, 2 * heads)
-    mask = 0 if native else 8 * (config.max_model_len or spec.max_context)
-    per_token = 3 * 4 * spec.hidden_size + widest * itemsize + mask
+    positions = config.max_model_len or spec.max_context
+    if native is not None:
+        per_token = cpu.token_bytes(spec)
+    else:
+        ranks = config.tensor_parallel_size
+        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim // ranks
+        widest = max(3 * spec.intermediate_size // ranks, 2 * heads)
+        per_token = 3 * 4 * spec.hidden_size + widest * _DTYPE_BYTES[dtype] + 8 * positions
     per_request = spec.vocab_size * _LOGIT_BYTES
-    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_request
+    per_position = len(set(spec.ropes)) * spec.head_dim * _ROTATION_BYTES
+    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_request + positions * per_position
 
 
 def _kv_budget(

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from octavo_engine.plan import Runner
 
 CONFIG = EngineConfig(model=Path("fake.gguf"), served_model_names=("fake",))
-FACTS = EngineFacts(max_model_len=400, block_size=4, num_blocks=100, dtype="float32", device="cpu", num_parameters=1)
+FACTS = EngineFacts(
+    max_model_len=400, block_size=4, num_blocks=100, dtype="int8", cache_dtype="float16", device="cpu", num_parameters=1
+)
 EOS = 100
 VOCAB_SIZE = 1000
 DEADLINE = 30.0  # seconds after which a test gives up

@@ -149,7 +149,7 @@ def test_greedy_output_in_float32_is_the_same_among_sixteen_joiners_and_leavers(
     assert [tokens[f"checked-{index}"] for index in range(len(prompts))] == alone
 
 
-def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers_and_int8_is_as_good_a_model(
     smollm2_path: Path,
     smollm2_in_transformers: Any,
     tokenizer: Any,
@@ -162,11 +162,18 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
         in_bfloat16 = copy.deepcopy(smollm2_in_transformers).to(torch.bfloat16)
         theirs = in_bfloat16(torch.tensor([token_ids])).logits[0]
     ours = teacher_forced_logits(load(smollm2_path, "bfloat16"), token_ids)
+    model = load(smollm2_path, "auto")
+    assert model.facts.dtype == "int8"
+    in_int8 = teacher_forced_logits(model, token_ids)
 
     divergence, bound = mean_divergence(exact, ours), mean_divergence(exact, theirs)
 
     logger.info("mean KL divergence from float32: %.3g nats, that of transformers %.3g", divergence, bound)
     assert 0 < divergence <= 1.2 * bound
+
+    ratio = perplexity(in_int8, token_ids) / perplexity(ours, token_ids)
+    logger.info("perplexity of int8 over that of bfloat16: %.4f", ratio)
+    assert ratio <= 1.01
 
 
 def teacher_forced_logits(model: LoadedModel, token_ids: list[int]) -> torch.Tensor:
@@ -181,6 +188,11 @@ def teacher_forced_logits(model: LoadedModel, token_ids: list[int]) -> torch.Ten
         )
         logits.append(model.runner.forward(StepPlan(0, (request,)), every_token=True))
     return torch.cat(logits)
+
+
+def perplexity(logits: torch.Tensor, token_ids: list[int]) -> float:
+    """Of the tokens after the first, under these logits."""
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), torch.tensor(token_ids[1:])).exp().item()
 
 
 def mean_divergence(exact: torch.Tensor, logits: torch.Tensor) -> float:

@@ -146,7 +146,7 @@ REFUSALS = {
     ),
     "a GPU's share of a CPU": ({"gpu_memory_utilization": 0.5}, ConfigError, "use --kv-cache-memory-bytes"),
     "a dtype that is not the same in every batch": (
-        {"deterministic": True, "dtype": "bfloat16"},
+        {"deterministic": True, "dtype": "float16"},
         ConfigError,
         "--deterministic: .* use --dtype float32",
     ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo_engine.config import EngineConfig
+from octavo_engine.cpu.compute import kv_block_bytes
 from octavo_engine.errors import ConfigError, ModelDoesNotFit
 from octavo_engine.models.spec import DecoderSpec, Rope
 from octavo_engine.sizing import (
@@ -24,6 +25,10 @@ from octavo_engine.sizing import (
 )
 from octavo_engine.weights.gguf import TensorInfo
 from octavo_engine.weights.quant_type import QuantType
+
+if TYPE_CHECKING:
+    from octavo_engine.cpu.compute import Compute
+    from octavo_engine.planning import ComputeDType
 
 MIB = 2**20
 GIB = 2**30
@@ -70,9 +75,16 @@ NUM_PARAMETERS = 134_515_008
 WEIGHTS_F32 = (NUM_PARAMETERS + 49152 * 576) * 4  # the tied embedding counts twice
 
 
-def plan(available_bytes: int, *, dtype: str = "float32", device: str = "cpu", **options: Any) -> MemoryPlan:
+def plan(
+    available_bytes: int,
+    *,
+    dtype: ComputeDType = "float32",
+    device: str = "cpu",
+    native: Compute | None = None,
+    **options: Any,
+) -> MemoryPlan:
     config = EngineConfig(model=Path("m.gguf"), served_model_names=("m",), **options)
-    memory = Memory(device=device, available_bytes=available_bytes, process_bytes=PROCESSES, native=False)
+    memory = Memory(device=device, available_bytes=available_bytes, process_bytes=PROCESSES, native=native)
     return plan_memory(SMOLLM2, TENSORS, config, dtype=dtype, memory=memory)
 
 
@@ -120,14 +132,32 @@ def test_half_precision_halves_weights_and_cache() -> None:
 
 
 def test_ranks_share_matrices_and_cache_but_not_norms() -> None:
-    one, three = (weight_bytes(SMOLLM2, TENSORS, 2, ranks, native=False) for ranks in (1, 3))
+    one, three = (weight_bytes(SMOLLM2, TENSORS, "bfloat16", ranks, native=None) for ranks in (1, 3))
     norms = 61 * 576 * 4
     assert (three - norms) * 3 == one - norms
     assert plan(24 * GIB, tensor_parallel_size=3).kv_bytes_per_token == KV_BYTES // 3
 
 
-def test_a_tied_embedding_may_be_kept_once() -> None:
-    assert weight_bytes(SMOLLM2, TENSORS, 4, 1, native=True) == NUM_PARAMETERS * 4
+def test_the_cpu_library_keeps_a_tied_embedding_once_and_quantised_weights_as_they_are() -> None:
+    assert weight_bytes(SMOLLM2, TENSORS, "float32", 1, native="float32") == NUM_PARAMETERS * 4
+    norms, embedding = 61 * 576 * 4, 49152 * 576 // 32 * 34  # Q8_0
+    others = (NUM_PARAMETERS - 61 * 576 - 49152 * 576) // 32 * 20  # Q4_1
+    assert weight_bytes(SMOLLM2, TENSORS, "int8", 1, native="int8") == norms + embedding + others
+    k_quants = [replace(one, quant_type=QuantType.Q6_K) for one in TENSORS if len(one.shape) == 2]
+    assert weight_bytes(SMOLLM2, k_quants, "int8", 1, native="int8") == (NUM_PARAMETERS - 61 * 576) * 2
+
+
+def test_the_cpu_library_caches_in_half_precision_but_for_float32() -> None:
+    assert plan(24 * GIB, native="float32").kv_bytes_per_token == KV_BYTES
+    assert plan(24 * GIB, dtype="bfloat16", native="bfloat16").kv_bytes_per_token == KV_BYTES // 2
+    assert plan(24 * GIB, dtype="int8", native="int8").kv_bytes_per_token == KV_BYTES // 2
+
+
+def test_what_pads_a_block_of_the_cpu_library_counts() -> None:
+    # Keys are kept in tiles of 8 slots: a block of 10 has room for 16 of them beside 10 values.
+    assert plan(24 * GIB, dtype="int8", native="int8", block_size=10).kv_bytes_per_token == KV_BYTES // 4 * 26 // 10
+    odd_heads = replace(SMOLLM2, head_dim=20)
+    assert kv_block_bytes("int8", odd_heads, 8) == kv_block_bytes("int8", replace(SMOLLM2, head_dim=32), 8)
 
 
 def test_in_little_memory_the_context_becomes_what_fits() -> None:

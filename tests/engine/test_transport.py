@@ -63,7 +63,9 @@ OUTPUTS = StepOutputs(
 TO_ENGINE: list[ToEngine] = [ADD, AbortRequest(request_id="a", choice=1), Shutdown()]
 TO_CLIENT: list[ToClient] = [
     Loading(phase="Loading", done=1, total=2),
-    EngineFacts(max_model_len=1, block_size=2, num_blocks=3, dtype="float32", device="cpu", num_parameters=4),
+    EngineFacts(
+        max_model_len=1, block_size=2, num_blocks=3, dtype="int8", cache_dtype="float16", device="cpu", num_parameters=4
+    ),
     Refused(reason="ModelInvalid", message="truncated", facts={"bytes": 1, "dtype": "q4", "share": 0.5}),
     OUTPUTS,
 ]

@@ -19,11 +19,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES
 from octavo_engine.cpu.library import PHASES, Config, Role, Step, Vector
 from octavo_engine.models.decoder import rotary_tables
 from octavo_engine.weights.quant_type import QuantType
@@ -31,23 +32,13 @@ from octavo_engine.weights.quant_type import QuantType
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from octavo_engine.cpu.compute import Compute
     from octavo_engine.models.family import LayerRole, ModelRole
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.plan import StepPlan
     from octavo_engine.weights.stored import StoredMatrix, WeightSource
 
-Compute = Literal["float32", "bfloat16", "int8"]
-
-# Quantised types that the library multiplies as they are.
-NATIVE_TYPES = frozenset({QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1, QuantType.Q8_0})
-
-_COMPUTE: dict[torch.dtype, Compute] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _STORED = {torch.float32: QuantType.F32, torch.bfloat16: QuantType.BF16}
-
-
-def choose_compute(dtype: torch.dtype) -> Compute | None:
-    """How to compute in a dtype that device.py chose; None: not here but in torch (float16)."""
-    return _COMPUTE.get(dtype)
 
 
 class CpuDecoder:
@@ -208,7 +199,7 @@ class CpuDecoder:
 
     def _rows(self, stored: StoredMatrix) -> tuple[QuantType, torch.Tensor]:
         """The matrix in a type that the library takes: as stored if it multiplies that, otherwise dequantised."""
-        if self._compute == "int8" and stored.quant_type in NATIVE_TYPES:
+        if self._compute == "int8" and stored.quant_type in NATIVE_GROUP_BYTES:
             return stored.quant_type, stored.packed
         dtype = torch.float32 if self._compute == "float32" else torch.bfloat16
         return _STORED[dtype], stored.dequantize(dtype, torch.device("cpu"))

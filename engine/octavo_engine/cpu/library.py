@@ -14,8 +14,6 @@ from typing import Any, ClassVar, Final
 
 from octavo_engine.cpu.variants import best_variant, cpu_flags
 
-NATIVE_DTYPES: Final = frozenset({"float32", "bfloat16"})  # of --dtype: what the library computes in
-
 _log = logging.getLogger(__name__)
 
 _FOLDER: Final = Path(__file__).parent

@@ -176,7 +176,7 @@ class Metrics:
         info = {
             "block_size": str(facts.block_size),
             "num_gpu_blocks": str(facts.num_blocks),  # vLLM's name, on the CPU too
-            "cache_dtype": facts.dtype,
+            "cache_dtype": facts.cache_dtype,
         }
         gauge = Gauge("vllm:cache_config_info", "The KV cache.", [*self._labels, *info], registry=self._registry)
         gauge.labels(**self._labels, **info).set(1)

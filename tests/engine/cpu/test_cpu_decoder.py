@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from octavo_engine.attention.base import AttentionRules, CacheShape
 from octavo_engine.attention.reference import ReferenceAttention
 from octavo_engine.cpu import library as libraries
-from octavo_engine.cpu.decoder import NATIVE_TYPES, CpuDecoder
+from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, matrix_bytes
+from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.variants import VARIANTS, best_variant
 from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.models.spec import DecoderSpec, Rope
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import ctypes
     from collections.abc import Sequence
 
-    from octavo_engine.cpu.decoder import Compute
+    from octavo_engine.cpu.compute import Compute
 
 SAMPLING = SamplingParams(max_tokens=1)
 
@@ -173,7 +174,7 @@ def test_float32_equals_torch_with_any_block_size(native: ctypes.CDLL, block_siz
     assert relative_error(logits, expected) < 3e-5
 
 
-CLOSE = [("bfloat16", QuantType.F32, 0.03), *(("int8", quant_type, 0.06) for quant_type in sorted(NATIVE_TYPES))]
+CLOSE = [("bfloat16", QuantType.F32, 0.03), *(("int8", quant_type, 0.06) for quant_type in sorted(NATIVE_GROUP_BYTES))]
 
 
 @pytest.mark.parametrize(("compute", "quant_type", "share"), CLOSE)
@@ -189,7 +190,7 @@ def test_rounded_inputs_stay_close_to_float32(
     assert 0 < relative_error(logits, expected) < share
 
 
-@pytest.mark.parametrize("quant_type", sorted(NATIVE_TYPES))
+@pytest.mark.parametrize("quant_type", sorted(NATIVE_GROUP_BYTES))
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 13, 67])
 def test_products_of_quantised_weights_are_exact_but_for_the_rounding_of_their_input(
     library: ctypes.CDLL, quant_type: QuantType, num_rows: int
@@ -258,6 +259,26 @@ def test_the_number_of_threads_changes_no_bit(native: ctypes.CDLL, compute: Comp
         assert all(
             torch.equal(one, other) for one, other in zip(logits_of(alone, *step), logits_of(three, *step), strict=True)
         )
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("quant_type", [QuantType.F32, *sorted(NATIVE_GROUP_BYTES)])
+def test_the_bytes_of_packed_weights_are_known_beforehand(
+    native: ctypes.CDLL, compute: Compute, quant_type: QuantType
+) -> None:
+    decoder = in_cpp(native, spec_of(), RandomWeights(quant_type), compute)
+
+    layer = [
+        (64, 64),
+        (32, 64),
+        (32, 64),
+        (64, 64),
+        (96, 64),
+        (96, 64),
+        (64, 96),
+    ]  # the vocabulary of 100 fills no tile
+    expected = sum(matrix_bytes(compute, quant_type, shape) for shape in (*layer * 2, (100, 64)))
+    assert decoder.weight_bytes == expected
 
 
 def test_only_requests_that_need_a_token_get_logits(native: ctypes.CDLL) -> None:

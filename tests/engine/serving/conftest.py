@@ -106,7 +106,13 @@ class FakeEngine:
         if self.refusal is not None:
             raise ModelUnsupported(self.refusal)
         facts = EngineFacts(
-            max_model_len=MAX_MODEL_LEN, block_size=4, num_blocks=1000, dtype="float32", device="cpu", num_parameters=1
+            max_model_len=MAX_MODEL_LEN,
+            block_size=4,
+            num_blocks=1000,
+            dtype="int8",
+            cache_dtype="float16",
+            device="cpu",
+            num_parameters=1,
         )
         return LoadedModel(runner=FakeRunner(self), facts=facts, eos_token_ids=frozenset({EOS}), vocab_size=260)
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from tests.engine.serving.conftest import Eventually
 
 
-FACTS = EngineFacts(max_model_len=400, block_size=4, num_blocks=10, dtype="float32", device="cpu", num_parameters=1)
+FACTS = EngineFacts(
+    max_model_len=400, block_size=4, num_blocks=10, dtype="int8", cache_dtype="float16", device="cpu", num_parameters=1
+)
 
 
 def values_of(text: str) -> dict[str, float]:
@@ -91,7 +93,7 @@ async def test_a_request_is_counted_to_the_token(ready: httpx.AsyncClient, event
     assert values["vllm:request_success_total{finished_reason=length}"] == 1
     assert values["vllm:request_success_total{finished_reason=stop}"] == 1
     assert values["vllm:request_success_total{finished_reason=abort}"] == 0
-    assert values["vllm:cache_config_info{block_size=4,cache_dtype=float32,num_gpu_blocks=1000}"] == 1
+    assert values["vllm:cache_config_info{block_size=4,cache_dtype=float16,num_gpu_blocks=1000}"] == 1
     assert values["vllm:kv_cache_usage_perc"] == 0
 
 
