@@ -23,7 +23,7 @@ from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError
 from octavo_engine.messages import EngineFacts
 from octavo_engine.models.decoder import TorchDecoder
-from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan, StepResult
+from octavo_engine.plan import LoadedModel, RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
 from octavo_engine.steps import TorchSteps
 from octavo_engine.weights.stored import WeightSource
 
@@ -51,15 +51,37 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and sample for each choice of each request with needs_token set."""
-        asking = [request for request in plan.requests if request.needs_token]
-        rows = [(row, choice) for row, request in enumerate(asking) for choice in request.choices]
-        draws = [sampler.draw_for(asking[row], self._seed, choice) for row, choice in rows]
-        with torch.inference_mode():
-            logits = self.forward(plan)
-            if len(draws) > len(asking):  # choices that begin: several draws from one row
-                logits = logits[[row for row, _ in rows]]
-            results = sampler.sample(logits, draws) if asking else []
+        asked = [(request, choice) for request in plan.requests if request.needs_token for choice in request.choices]
+        logits = self._logits(plan)
+        try:
+            results = self._sample(logits, asked)
+        except Exception:  # noqa: BLE001 - whatever it is, it shall not be the end of all requests
+            _log.exception("sampling %d rows failed: sampling each by itself", len(asked))
+            logits = self._logits(plan)  # writes the same KV again; the sampler may have changed the first ones
+            results = [self._sample_alone(logits[row : row + 1], one) for row, one in enumerate(asked)]
         return StepResult(plan.step, tuple(results))
+
+    @torch.inference_mode()
+    def _logits(self, plan: StepPlan) -> torch.Tensor:
+        """Compute the plan; a row for each token to sample."""
+        logits = self.forward(plan)
+        asking = [request for request in plan.requests if request.needs_token]
+        rows = [row for row, request in enumerate(asking) for _ in request.choices]
+        return logits[rows] if len(rows) > len(asking) else logits  # choices that begin draw from one row
+
+    @torch.inference_mode()
+    def _sample(self, logits: torch.Tensor, asked: list[tuple[ScheduledRequest, int]]) -> list[RequestResult]:
+        """Draw a token for each row, which is one choice of a request."""
+        return sampler.sample(logits, [sampler.draw_for(r, self._seed, choice) for r, choice in asked]) if asked else []
+
+    def _sample_alone(self, logits: torch.Tensor, asked: tuple[ScheduledRequest, int]) -> RequestResult:
+        """Draw for one row of a batch of which some row makes the sampler fail."""
+        try:
+            (result,) = self._sample(logits, [asked])
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's alone
+            problem = f"{type(error).__name__}: {error}"
+            return RequestResult(error=f"no token can be chosen by the request's rules: {problem}")
+        return result
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Requests that are poison to the model, in one batch with others: they end alone, and the others do not notice.
+"""Requests that are poison to model or sampler, in one batch with others: they end alone; the others do not notice.
 
-The poison is real: a token whose embedding is NaN goes through the real kernels of a real engine process, and token
-ids that the model does not have are sent straight to that process, past the server's own checks.
+The poison is real: a token whose embedding is NaN goes through the real kernels of a real engine process, and what the
+server refuses (token ids that the model does not have, rules that are none) is sent straight to that process.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ Prompt = tuple[int, ...]
 Answer = tuple[tuple[int, ...], str | None, str | None]  # tokens, finish reason, error
 
 GOOD = [tuple(10 + (7 * request + token) % 200 for token in range(3 + request % 9)) for request in range(NUM_GOOD)]
+WRONG_RULES = {
+    "a bias beyond int64": SamplingParams(max_tokens=16, temperature=0, logit_bias=((2**63, 1.0),)),
+    "a nucleus of nothing": SamplingParams(max_tokens=16, top_k=8, top_p=0.0),
+    "a stop token beyond int64": SamplingParams(max_tokens=16, min_tokens=1, stop_token_ids=(2**63,)),
+}
 UNKNOWN: dict[str, Prompt] = {"beyond the vocabulary": (20, 100_000), "negative": (-1, 20), "beyond int64": (2**63,)}
 
 
@@ -84,6 +89,14 @@ async def test_poison_ends_alone_and_the_others_get_the_tokens_that_they_would_h
             tokens, reason, error = poisoned
             assert (tokens, reason) == ((), "error"), name
             assert ("NaN" if name in not_numbers else "token id") in str(error), name
+        for name, sampling in WRONG_RULES.items():
+            poisoned, others = await asyncio.gather(
+                answer(client, name, (20, 21), sampling), answers(client, f"beside {name}", GOOD)
+            )
+            assert others == expected, name
+            tokens, reason, error = poisoned
+            assert (tokens, reason) == ((), "error"), name
+            assert "by the request's rules" in str(error), name
         # Where poison was, others are now.
         assert await answers(client, "again", GOOD) == expected
         assert client.problem is None
