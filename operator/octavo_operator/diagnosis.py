@@ -7,7 +7,7 @@ generated names), so that a service that stays broken is not written again and a
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple
@@ -44,19 +44,30 @@ class Cause(Enum):
     REFUSED = _Row("False", "ChildRefused", "the API server refuses a child: {detail}")
     SUSPENDED = _Row("False", "Suspended", "spec.replicas is 0: set it to 1 or more to serve the model")
     CHILD_LEAVING = _Row("Unknown", "ReplacingChild", '{kind} "{name}" is being deleted and will be made anew')
+    QUOTA_EXCEEDED = _Row(
+        "False",
+        "QuotaExceeded",
+        "pods cannot be created: {detail}: raise the ResourceQuota of namespace {namespace}, or lower spec.replicas, "
+        "spec.resources or spec.accelerator.count",
+    )
+    ADMISSION_DENIED = _Row(
+        "False", "AdmissionDenied", "pods cannot be created, an admission policy of the cluster is in the way: {detail}"
+    )
     PODS_FORBIDDEN = _Row("False", "PodsForbidden", "pods cannot be created: {detail}")
     ENGINE_REFUSED = _Row("False", "{reason}", "{detail}")  # the engine's own reason and words
     MODEL_SOURCE_NOT_FOUND = _Row(
         "False",
         "ModelSourceNotFound",
         '{pods} cannot start: PersistentVolumeClaim "{claim}" does not exist in namespace {namespace}: '
-        "create it, or correct spec.model.source",
+        "create it, or correct {field}",
     )
-    GPUS_SHORT = _Row(
+    VOLUME_NOT_BOUND = _Row(
         "False",
-        "Unschedulable",
-        "{pods} cannot be scheduled: {detail} Free GPUs or add nodes with them, or lower spec.accelerator.count",
+        "VolumeNotBound",
+        "{pods} wait for a volume: {detail} Look at the claim with `kubectl describe pvc --namespace {namespace}`; "
+        "its StorageClass comes from spec.model.cache.storageClassName or is the cluster's default",
     )
+    RESOURCES_SHORT = _Row("False", "Unschedulable", "{pods} wait for {wanted}: {detail} {way_out}")
     UNSCHEDULABLE = _Row("False", "Unschedulable", "{pods} cannot be scheduled: {detail}")
     IMAGE_PULL_FAILED = _Row(
         "False",
@@ -64,6 +75,8 @@ class Cause(Enum):
         '{pods} cannot pull the image "{image}": check that it exists, and spec.pod.imagePullSecrets if its registry '
         "wants a login",
     )
+    SECRET_NOT_FOUND = _Row("False", "SecretNotFound", "{pods} cannot start: {detail}: create it, or correct {field}")
+    MOUNT_FAILED = _Row("False", "VolumeMountFailed", "{pods} cannot start: {detail}")
     CONTAINER_START = _Row("False", "ContainerStartFailed", '{pods} cannot start the container "{container}": {detail}')
     OUT_OF_MEMORY = _Row(
         "False",
@@ -73,6 +86,11 @@ class Cause(Enum):
     )
     CRASHED = _Row(
         "False", "ContainerCrashed", 'the container "{container}" of {pods} ended with exit code {code}: {detail}'
+    )
+    READINESS_FAILING = _Row(
+        "False",
+        "ReadinessFailing",
+        "{pods} have served the model and do not any more: the engine runs, but GET /ready fails; its log says why",
     )
     STALLED = _Row("False", "ProgressDeadlineExceeded", "no pod has become ready for too long: {detail}")
     GATED = _Row("Unknown", "SchedulingGated", "{pods} wait for their scheduling gates to be lifted")
@@ -117,10 +135,24 @@ def diagnose(pod: Pod, service: InferenceService) -> Finding:
         return Finding.of(Cause.POD_FAILED, detail=stable(f"{pod.reason}: {pod.message}"))
     if pod.unscheduled is not None:
         return _diagnose_unscheduled(*pod.unscheduled, service)
+    return next(filter(None, _troubles(pod, service)), None) or _progress(pod, service)
+
+
+def _troubles(pod: Pod, service: InferenceService) -> Iterator[Finding | None]:
+    """What is wrong with a pod that has a node, in the order in which it would happen."""
     for container in pod.all_containers:
-        finding = _diagnose_container(container)
-        if finding is not None:
-            return finding
+        yield _diagnose_container(container, service)
+    if pod.hindrance:
+        detail = stable(pod.hindrance)
+        yield _missing_secret(detail, service) or Finding.of(Cause.MOUNT_FAILED, detail=detail)
+    for container in pod.containers:
+        # One that has just been started is not ready either; then the pod has not been ready since it began.
+        if container.name == names.ENGINE_CONTAINER and container.running and pod.ready_changed > container.started:
+            yield Finding.of(Cause.READINESS_FAILING)
+
+
+def _progress(pod: Pod, service: InferenceService) -> Finding:
+    """How far a pod is in which nothing is wrong."""
     pull = next((container for container in pod.init_containers if container.name == names.PULL_CONTAINER), None)
     if pull is not None and pull.running:
         return Finding.of(Cause.PULLING, source=service.spec.model.source)
@@ -135,13 +167,47 @@ def diagnose(pod: Pod, service: InferenceService) -> Finding:
 def _diagnose_unscheduled(reason: str, message: str, service: InferenceService) -> Finding:
     if reason == "SchedulingGated":
         return Finding.of(Cause.GATED)
+    namespace = service.metadata.namespace or ""
     missing_claim = re.search('persistentvolumeclaim "([^"]+)" not found', message)
     if missing_claim:
-        namespace = service.metadata.namespace or ""
-        return Finding.of(Cause.MODEL_SOURCE_NOT_FOUND, claim=missing_claim[1], namespace=namespace)
+        field = "spec.model.source" if service.spec.model.cache is None else "spec.model.cache.claimName"
+        return Finding.of(Cause.MODEL_SOURCE_NOT_FOUND, claim=missing_claim[1], namespace=namespace, field=field)
     # After the nodes' reasons the scheduler says why preempting others would not help, which says nothing more.
     detail = re.split(r"[.,]? +(?:no new claims to deallocate, )?preemption:", message)[0].rstrip(". ") + "."
-    return Finding.of(Cause.GPUS_SHORT if names.GPU_RESOURCE in message else Cause.UNSCHEDULABLE, detail=detail)
+    if re.search(r"unbound (?:immediate )?PersistentVolumeClaims|persistent volumes? to bind", message):
+        return Finding.of(Cause.VOLUME_NOT_BOUND, detail=detail, namespace=namespace)
+    if short := sorted(set(re.findall(r"Insufficient ([^\s,]+[^\s,.])", message))):
+        return _short_of(short, detail, service)
+    return Finding.of(Cause.UNSCHEDULABLE, detail=detail)
+
+
+def _short_of(resources: Sequence[str], detail: str, service: InferenceService) -> Finding:
+    """What no node has enough of, and how much of it each pod wants."""
+    spec = service.spec
+    requests = {**spec.resources.limits.to_dict(), **spec.resources.requests.to_dict()}
+    if spec.accelerator.count is not None:
+        requests[names.GPU_RESOURCE] = str(spec.accelerator.count)
+    wanted = " and ".join(f"{each} ({requests[each]} a pod)" if each in requests else each for each in resources)
+    way_out = (
+        "Free GPUs or add nodes with them, or lower spec.accelerator.count"
+        if names.GPU_RESOURCE in resources
+        else "Add nodes, or lower spec.resources.requests"
+    )
+    return Finding.of(Cause.RESOURCES_SHORT, wanted=wanted, detail=detail, way_out=way_out)
+
+
+def diagnose_creation(message: str, service: InferenceService) -> Finding:
+    """Why pods cannot be created, from what the Deployment's controller was told."""
+    detail = stable(message)
+    if "exceeded quota" in detail:
+        # What is used at the moment changes with every other pod of the namespace.
+        detail = re.sub(r", used: .*?(?=, limited:|$)", "", detail)
+        return Finding.of(Cause.QUOTA_EXCEEDED, detail=detail, namespace=service.metadata.namespace or "")
+    if re.search(
+        "admission webhook|violates PodSecurity|ValidatingAdmissionPolicy|no PriorityClass|RuntimeClass", detail
+    ):
+        return Finding.of(Cause.ADMISSION_DENIED, detail=detail)
+    return Finding.of(Cause.PODS_FORBIDDEN, detail=detail)
 
 
 _IMAGE_REASONS: Final = {
@@ -162,7 +228,32 @@ _START_REASONS: Final = {
 }
 
 
-def _diagnose_container(container: Container) -> Finding | None:
+def _missing_secret(text: str, service: InferenceService) -> Finding | None:
+    """The Secret or ConfigMap that the kubelet misses, and the field that names it."""
+    patterns = (
+        r'(?P<kind>secret|configmap) "(?P<name>[^"]+)" not found',
+        r"couldn't find key (?P<key>\S+) in (?P<kind>Secret|ConfigMap) [^/]+/(?P<name>\S+)",
+        r"(?P<key>references non-existent (?P<kind>secret|config) key): (?P<name>\S+)",
+    )
+    match = next((found for pattern in patterns if (found := re.search(pattern, text))), None)
+    if match is None:
+        return None
+    kind, name, key = match["kind"], match["name"], match.groupdict().get("key")
+    token, keys = service.spec.model.token_secret, service.spec.endpoint.api_key_secret
+    field = "spec.pod.env"
+    if key is not None and key.startswith("references"):  # of a volume: the API keys are the only Secret mounted
+        name, key = (keys.name, keys.key) if keys is not None else (name, name)
+        field = "spec.endpoint.apiKeySecret"
+    elif kind.lower() == "secret" and keys is not None and name == keys.name:
+        field = "spec.endpoint.apiKeySecret"
+    elif kind.lower() == "secret" and token is not None and name == token.name:
+        field = "spec.model.tokenSecret"
+    what = "ConfigMap" if kind.lower().startswith("config") else "Secret"
+    detail = f'{what} "{name}" does not exist' if key is None else f'{what} "{name}" has no key "{key}"'
+    return Finding.of(Cause.SECRET_NOT_FOUND, detail=detail, field=field)
+
+
+def _diagnose_container(container: Container, service: InferenceService) -> Finding | None:
     """What is wrong with a container, if anything is.
 
     The end of the run before counts until the container is ready: while it starts anew it does not look healthier than
@@ -174,6 +265,8 @@ def _diagnose_container(container: Container) -> Finding | None:
         return Finding.of(Cause.IMAGE_PULL_FAILED, image=container.image)
     if container.waiting in _START_REASONS:
         detail = stable(container.waiting_message)
+        if missing := _missing_secret(detail, service):
+            return missing
         return Finding.of(Cause.CONTAINER_START, container=container.name, detail=detail)
     if container.ended is None or (container.ended.exit_code == 0 and container.waiting != "CrashLoopBackOff"):
         return None

@@ -25,7 +25,7 @@ from kubernetes.aio.client.rest import RESTClientObject
 from octavo_operator import metrics, names
 from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, Refused
 from octavo_operator.queue import TokenBucket
-from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, Json, Resource
+from octavo_operator.resources import CHILDREN, EVENT, INFERENCE_SERVICE, Json, Resource
 
 REQUEST_SECONDS: Final = 15.0  # a request that is no watch
 WATCH_SECONDS: Final = 30  # the server ends a watch after so long: what keeps silent longer is dead ...
@@ -103,6 +103,12 @@ class Kube:
             if not token:
                 return
             query["continue"] = token
+
+    async def events_of_pod(self, namespace: str, pod: str) -> list[Json]:
+        """What is told of a pod: events.k8s.io/v1 Events, in no order."""
+        query = {"fieldSelector": f"regarding.kind=Pod,regarding.name={pod}", "limit": str(LIST_PAGE)}
+        found: list[Json] = (await self._request("GET", EVENT.path(namespace), query=query))["items"]
+        return found
 
     async def watch(
         self, resource: Resource, namespace: str | None, selector: str, resource_version: str

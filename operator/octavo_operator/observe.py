@@ -5,9 +5,9 @@ status.py are given. `Child.from_json` and `Pod.from_json` are the only readers 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from octavo_operator import names
 from octavo_operator.resources import Json, Key
@@ -76,6 +76,7 @@ class Container:
     image: str
     ready: bool
     running: bool
+    started: str  # when this run began, RFC 3339; empty while it does not run
     waiting: str | None  # the kubelet's reason, such as ImagePullBackOff
     waiting_message: str
     ended: Termination | None  # the end of this run if it has ended, else that of the run before
@@ -95,9 +96,11 @@ class Pod:
     reason: str  # of the whole pod, such as Evicted
     message: str
     ready: bool
+    ready_changed: str  # when `ready` became what it is, RFC 3339
     unscheduled: tuple[str, str] | None  # (reason, message) of PodScheduled while it is False
     init_containers: tuple[Container, ...]
     containers: tuple[Container, ...]
+    hindrance: str = ""  # why the kubelet cannot start it, where only an event tells; see `hindrance`
 
     @classmethod
     def from_json(cls, body: Json) -> "Pod":
@@ -116,6 +119,7 @@ class Pod:
             reason=status.get("reason", ""),
             message=status.get("message", ""),
             ready=conditions.get("Ready", {}).get("status") == "True",
+            ready_changed=conditions.get("Ready", {}).get("lastTransitionTime", ""),
             unscheduled=(
                 (scheduled.get("reason", ""), scheduled.get("message", ""))
                 if scheduled.get("status") == "False"
@@ -129,6 +133,34 @@ class Pod:
     def all_containers(self) -> tuple[Container, ...]:
         """The containers in the order in which they start."""
         return (*self.init_containers, *self.containers)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has a node but no container yet, and nothing in it says why: then its events may."""
+        return (
+            self.phase == "Pending"
+            and not self.deleting
+            and self.unscheduled is None
+            and bool(self.all_containers)
+            and all(container.waiting in {"ContainerCreating", "PodInitializing"} for container in self.all_containers)
+        )
+
+
+_HINDRANCES: Final = {"FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox"}
+
+
+def hindrance(events: Iterable[Json]) -> str:
+    """Why the kubelet cannot start a pod, from the pod's events (events.k8s.io/v1); nothing once it has gone on."""
+    newest = max(events, key=_last_seen, default=None)
+    if newest is None or newest.get("reason") not in _HINDRANCES:
+        return ""
+    return str(newest.get("note", ""))
+
+
+def _last_seen(event: Json) -> str:
+    series = event.get("series") or {}
+    times = (event.get("eventTime"), event.get("deprecatedLastTimestamp"), series.get("lastObservedTime"))
+    return max(time or "" for time in times)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +206,7 @@ def _container(status: Json) -> Container:
         image=status.get("image", ""),
         ready=status.get("ready", False),
         running="running" in state,
+        started=state.get("running", {}).get("startedAt", ""),
         waiting=waiting.get("reason", "") if waiting is not None else None,
         waiting_message=waiting.get("message", "") if waiting is not None else "",
         ended=None

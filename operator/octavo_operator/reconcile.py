@@ -26,12 +26,13 @@ from octavo_operator.decide import REPLICAS_MANAGER, Plan, decide
 from octavo_operator.desired import children
 from octavo_operator.errors import ApiError, Forbidden, NotFound, OperatorError, Refused, SpecInvalid
 from octavo_operator.kube import Kube
-from octavo_operator.observe import Child, Observed
+from octavo_operator.observe import Child, Observed, hindrance
 from octavo_operator.queue import WorkQueue
 from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, Json, Key
 from octavo_operator.settings import Settings
 
 WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server
+SILENCE_SECONDS: Final = 10.0  # between two looks at the events of a pod that says nothing itself
 FAULT_DELAYS: Final = (1.0, 300.0)  # seconds; the first and the longest wait after a fault of our own
 
 _logger = logging.getLogger(__name__)
@@ -145,10 +146,11 @@ class Reconciler:
         plan = decide(body["metadata"]["uid"], desired, await self._observe(key, desired))
         created, failure = await self._apply(plan)
         previous = body.get("status", {})
+        observed = await self._with_hindrances(self._caches.observed(key))
         told = status.build(
             service,
             previous=previous,
-            observed=self._caches.observed(key),
+            observed=observed,
             plan=plan,
             engine_image=engine_image,
             failure=failure,
@@ -157,7 +159,19 @@ class Reconciler:
         await self._tell(body, previous, told, events.of_plan(plan, created))
         if failure is not None:
             raise failure
+        if any(pod.is_silent for pod in observed.pods):
+            return min(SILENCE_SECONDS, plan.requeue_after or SILENCE_SECONDS)
         return plan.requeue_after
+
+    async def _with_hindrances(self, observed: Observed) -> Observed:
+        """Add what only events tell: a volume that cannot be mounted changes nothing in the pod itself."""
+        pods = [
+            replace(pod, hindrance=hindrance(await self._kube.events_of_pod(pod.service.namespace, pod.name)))
+            if pod.is_silent
+            else pod
+            for pod in observed.pods
+        ]
+        return replace(observed, pods=tuple(pods))
 
     async def _observe(self, key: Key, desired: Sequence[Json]) -> Observed:
         """Collect what there is, also what has the name of a child but not our label."""

@@ -20,7 +20,7 @@ from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.decide import Plan
 from octavo_operator.desired.service import url
-from octavo_operator.diagnosis import MESSAGE_LIMIT, Cause, Finding, diagnose, model_facts, stable
+from octavo_operator.diagnosis import MESSAGE_LIMIT, Cause, Finding, diagnose, diagnose_creation, model_facts, stable
 from octavo_operator.errors import ApiError, Forbidden
 from octavo_operator.observe import Child, Observed, Pod
 from octavo_operator.resources import DEPLOYMENT, Json
@@ -166,7 +166,7 @@ def _find(
         findings[Finding.of(Cause.READY, detail=_sentence(wanted, wanted))] += 0
     else:
         pods = _updated_pods(observed.pods, deployment)
-        findings.update(_deployment_troubles(deployment))
+        findings.update(_deployment_troubles(deployment, service))
         findings.update(diagnose(pod, service) for pod in pods if not pod.ready)
         if not findings:
             findings[_progress(deployment, wanted, num_ready=len(pods))] = wanted
@@ -186,15 +186,15 @@ def _is_complete(deployment: Child, wanted: int) -> bool:
     return _is_seen(deployment) and deployment.replicas == wanted and numbers == [wanted] * 3
 
 
-def _deployment_troubles(deployment: Child | None) -> Counter[Finding]:
+def _deployment_troubles(deployment: Child | None, service: InferenceService) -> Counter[Finding]:
     """What the Deployment itself tells of that no pod can tell."""
     findings = Counter[Finding]()
     for told in deployment.status.get("conditions", ()) if deployment is not None and _is_seen(deployment) else ():
-        detail = stable(told.get("message", ""))
+        message = told.get("message", "")
         if (told["type"], told["status"]) == ("ReplicaFailure", "True"):
-            findings[Finding.of(Cause.PODS_FORBIDDEN, detail=detail)] += 0
+            findings[diagnose_creation(message, service)] += 0
         if (told["type"], told.get("reason")) == ("Progressing", "ProgressDeadlineExceeded"):
-            findings[Finding.of(Cause.STALLED, detail=detail)] += 0
+            findings[Finding.of(Cause.STALLED, detail=stable(message))] += 0
     return findings
 
 

@@ -209,7 +209,7 @@ ALLOWED: Final = {
     ("keda.sh", "scaledobjects"): OWN,
     ("autoscaling", "horizontalpodautoscalers"): OWN,
     ("", "pods"): READ,
-    ("events.k8s.io", "events"): {"create"},
+    ("events.k8s.io", "events"): {"create", "list"},
 }
 
 

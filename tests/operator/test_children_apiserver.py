@@ -101,3 +101,37 @@ def test_a_cache_comes_with_its_field_comes_back_and_goes_with_its_field(playgro
         eventually(
             lambda: "deletionTimestamp" in playground.there("persistentvolumeclaim", CACHE)["metadata"], "no claim"
         )
+
+
+def test_a_volume_that_cannot_be_mounted_is_told_from_the_pods_events_and_forgotten(playground: Playground) -> None:
+    regarding = {"apiVersion": "v1", "kind": "Pod", "namespace": playground.namespace, "name": "llama-1-a"}
+    event = {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": "llama-1-a.1"},
+        "regarding": regarding,
+        "reason": "FailedMount",
+        "note": 'MountVolume.SetUp failed for volume "api-keys" : secret "keys" not found',
+        "type": "Warning",
+        "eventTime": "2026-01-01T00:00:00.000000Z",
+        "action": "Mount",
+        "reportingController": "kubelet",
+        "reportingInstance": "node-1",
+    }
+    playground.kubectl("create", "--filename=-", document=event)
+    state: dict[str, Any] = {"name": "engine", "image": "e", "imageID": "", "ready": False, "restartCount": 0}
+    scheduled = [{"type": "PodScheduled", "status": "True"}]
+    with playground.operator():
+        playground.apply(endpoint={"apiKeySecret": {"name": "keys"}})
+        playground.await_ready("Unknown", "Starting")
+        playground.play_deployment_controller(replicas=1, ready=0)
+        creating = {**state, "state": {"waiting": {"reason": "ContainerCreating"}}}
+        status = {"phase": "Pending", "conditions": scheduled, "containerStatuses": [creating]}
+        playground.play_pod("llama-1-a", status)
+        told = playground.await_ready("False", "SecretNotFound")
+        assert told["message"].endswith(
+            'Secret "keys" does not exist: create it, or correct spec.endpoint.apiKeySecret'
+        )
+        running = {**state, "state": {"running": {"startedAt": "2026-01-01T00:00:09Z"}}}
+        playground.play_pod("llama-1-a", {"phase": "Running", "conditions": scheduled, "containerStatuses": [running]})
+        playground.await_ready("Unknown", "Loading")

@@ -9,7 +9,8 @@ import yaml
 
 from octavo_cluster.apiserver import ApiServer
 from octavo_operator import names
-from octavo_operator.api.v1alpha1 import Condition, InferenceService, InferenceServiceStatus
+from octavo_operator.api.status import Condition, InferenceServiceStatus
+from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.cli import read
 from octavo_operator.desired import children
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from octavo_operator import diagnosis, names, status
-from octavo_operator.api.v1alpha1 import InferenceService, InferenceServiceStatus
+from octavo_operator.api.status import InferenceServiceStatus
+from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.decide import Plan
 from octavo_operator.errors import ApiError, Forbidden, Refused
 from octavo_operator.events import Event, of_plan, of_transition
@@ -135,7 +136,7 @@ AILMENTS: tuple[tuple[str, Json, tuple[str, str, str]], ...] = (
             "False",
             "Unschedulable",
             (
-                "1 of 1 pods cannot be scheduled: 0/3 nodes are available: 1 node(s) had untolerated taint {a: b}, "
+                "1 of 1 pods wait for nvidia.com/gpu: 0/3 nodes are available: 1 node(s) had untolerated taint {a: b}, "
                 "2 Insufficient nvidia.com/gpu. Free GPUs or add nodes with them, or lower spec.accelerator.count"
             ),
         ),
@@ -146,7 +147,10 @@ AILMENTS: tuple[tuple[str, Json, tuple[str, str, str]], ...] = (
         (
             "False",
             "Unschedulable",
-            "1 of 1 pods cannot be scheduled: 0/1 nodes are available: 1 Insufficient memory.",
+            (
+                "1 of 1 pods wait for memory: 0/1 nodes are available: 1 Insufficient memory. Add nodes, or lower "
+                "spec.resources.requests"
+            ),
         ),
     ),
     (
@@ -181,7 +185,11 @@ AILMENTS: tuple[tuple[str, Json, tuple[str, str, str]], ...] = (
     (
         "a secret is missing",
         engine(waiting("CreateContainerConfigError", 'secret "token" not found')),
-        ("False", "ContainerStartFailed", '1 of 1 pods cannot start the container "engine": secret "token" not found'),
+        (
+            "False",
+            "SecretNotFound",
+            '1 of 1 pods cannot start: Secret "token" does not exist: create it, or correct spec.pod.env',
+        ),
     ),
     (
         "no entry point",
@@ -341,8 +349,11 @@ def test_no_generated_name_gets_into_a_message() -> None:
     told = tell(there=deployment(1, updated=0, conditions=[failure]))
     assert ready(told) == (
         "False",
-        "PodsForbidden",
-        "pods cannot be created: exceeded quota: gpus, requested: 2, limited: 1",
+        "QuotaExceeded",
+        (
+            "pods cannot be created: exceeded quota: gpus, requested: 2, limited: 1: raise the ResourceQuota of "
+            "namespace models, or lower spec.replicas, spec.resources or spec.accelerator.count"
+        ),
     )
 
 
@@ -354,7 +365,7 @@ def test_the_gravest_finding_is_told_with_the_number_of_pods_it_concerns() -> No
         pod("d", **READY),
         there=deployment(4, ready=1),
     )
-    assert ready(told)[2].startswith("2 of 4 pods cannot be scheduled")
+    assert ready(told)[2].startswith("2 of 4 pods wait for cpu")
     assert status.condition(told, "Available")["message"] == "1 of 4 pods serve the model"
     assert statuses(told) == {"Ready": "False", "Available": "True", "Progressing": "False"}
 

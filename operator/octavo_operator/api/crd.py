@@ -17,7 +17,8 @@ from typing import Any, Final, TypeAlias
 
 from octavo_operator import names, yaml_text
 from octavo_operator.api.base import CEL_KEYWORD
-from octavo_operator.api.v1alpha1 import InferenceService, InferenceServiceSpec, InferenceServiceStatus
+from octavo_operator.api.status import InferenceServiceStatus
+from octavo_operator.api.v1alpha1 import InferenceService, InferenceServiceSpec
 
 Schema: TypeAlias = dict[str, Any]
 

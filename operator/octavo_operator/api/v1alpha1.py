@@ -21,15 +21,14 @@ from octavo_operator.api.base import (
     ListOf,
     Model,
     ObjectName,
-    Quantity,
     Rule,
     cel_list,
     matches,
-    quantity_value,
 )
+from octavo_operator.api.model import ModelSpec
 from octavo_operator.api.network import Peer
 from octavo_operator.api.pod import PodSettings, ResourcesSpec
-from octavo_operator.api.source import SOURCE_RULES
+from octavo_operator.api.status import InferenceServiceStatus
 
 # Flags of `octavo serve` that are the operator's: it renders them, or they would undo what it renders.
 OWNED_FLAGS: Final = (
@@ -49,99 +48,6 @@ OWNED_FLAGS: Final = (
     "--tensor-parallel-size",
     "--termination-log",
 )
-
-
-class TokenSecret(Model):
-    """A token in a Secret of this namespace."""
-
-    name: ObjectName = Field(description="The Secret's name.")
-    key: DataKey = Field(default="token", description="Under which key of the Secret the token is.")
-
-
-class CacheSpec(Model):
-    """A volume that keeps the model when pods go."""
-
-    rules: ClassVar = (
-        Rule(
-            cel="has(self.size) != has(self.claimName)",
-            holds=lambda it: (it.size is None) != (it.claim_name is None),
-            message="must have either size, for a volume of this service's own, or claimName, for one that is there",
-        ),
-        Rule(
-            cel="!has(self.claimName) || !has(self.storageClassName) && !has(self.accessMode)",
-            holds=lambda it: it.claim_name is None or (it.storage_class_name is None and it.access_mode is None),
-            message="storageClassName and accessMode are those of the claim that claimName names: leave them out",
-        ),
-        Rule(
-            cel="!has(self.size) || quantity(string(self.size)).isGreaterThan(quantity('0'))",
-            holds=lambda it: it.size is None or quantity_value(it.size) > 0,
-            message="size must be greater than 0, such as 40Gi",
-        ),
-    )
-
-    size: Quantity | None = Field(
-        default=None, description="Bytes of a volume of this service's own, such as 40Gi; it goes with the service."
-    )
-    storage_class_name: ObjectName | None = Field(
-        default=None, description="The volume's StorageClass. Default: the cluster's. Cannot be changed afterwards."
-    )
-    access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] | None = Field(
-        default=None,
-        description="ReadWriteMany lets several replicas share the volume. Default: ReadWriteOnce, for one replica; "
-        "its pod is replaced by ending it first. Cannot be changed afterwards.",
-    )
-    claim_name: ObjectName | None = Field(
-        default=None,
-        description="A PersistentVolumeClaim of this namespace, which several services may share. For more than one "
-        "replica it must be ReadWriteMany.",
-    )
-
-    @property
-    def is_for_one_pod(self) -> bool:
-        """Whether no second pod can be sure to get the volume."""
-        return self.size is not None and self.access_mode != "ReadWriteMany"
-
-
-class ModelSpec(Model):
-    """Which model to serve."""
-
-    rules: ClassVar = (
-        Rule(
-            cel="!has(self.tokenSecret) || self.source.startsWith('hf://')",
-            holds=lambda it: it.token_secret is None or it.source.startswith("hf://"),
-            message="tokenSecret is a token for Hugging Face: leave it out, or use an hf:// source",
-        ),
-        Rule(
-            cel="!has(self.cache) || !self.source.startsWith('pvc://')",
-            holds=lambda it: it.cache is None or not it.source.startswith("pvc://"),
-            message="a pvc:// source is in a volume already: leave cache out",
-        ),
-    )
-
-    source: Annotated[str, Field(min_length=1, max_length=1024), *SOURCE_RULES] = Field(
-        description="Where the GGUF file is: pvc://CLAIM/PATH/FILE.gguf (a PersistentVolumeClaim of this namespace, "
-        "mounted read-only), hf://ORG/REPO[@REVISION]:FILE.gguf (Hugging Face) or https://HOST/PATH/FILE.gguf. Each "
-        "pod pulls a remote file before it starts."
-    )
-    name: (
-        Annotated[
-            str,
-            Field(min_length=1, max_length=128),
-            matches(
-                "[A-Za-z0-9](?:[-A-Za-z0-9._:/]*[A-Za-z0-9])?",
-                "must be letters, digits and - . _ : / with a letter or digit at both ends, such as llama-3.1-8b",
-            ),
-        ]
-        | None
-    ) = Field(default=None, description="The name by which clients ask for the model. Default: metadata.name.")
-    token_secret: TokenSecret | None = Field(
-        default=None, description="The token with which the model is pulled from Hugging Face, if it wants one."
-    )
-    cache: CacheSpec | None = Field(
-        default=None,
-        description="Keeps the pulled file when pods go. Default: every pod pulls it anew to the node's disk. A file "
-        "that is there is never pulled again: to get a new one, name another revision.",
-    )
 
 
 class AcceleratorSpec(Model):
@@ -388,52 +294,6 @@ class InferenceServiceSpec(Model):
     def max_replicas(self) -> int | None:
         """How many replicas there may be; None: the default, one."""
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
-
-
-class Condition(Model):
-    """One aspect of the service's state, as in metav1.Condition."""
-
-    type: str = Field(min_length=1, max_length=63, description="The aspect, such as Ready.")
-    status: Literal["True", "False", "Unknown"] = Field(description="True, False, or Unknown while it is in progress.")
-    reason: str = Field(min_length=1, max_length=256, description="Why, in one CamelCase word for programs.")
-    message: str = Field(max_length=32_768, description="Why, and what to do about it, for people.")
-    observed_generation: int = Field(ge=0, description="The metadata.generation that this speaks of.")
-    last_transition_time: str = Field(
-        max_length=64,
-        description="When status changed last.",
-        json_schema_extra={"format": "date-time"},
-    )
-
-
-class InferenceServiceStatus(Model):
-    """What the operator sees."""
-
-    observed_generation: int | None = Field(
-        default=None, ge=0, description="The metadata.generation that this status speaks of."
-    )
-    conditions: Annotated[
-        ListOf[Condition],
-        Field(
-            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
-        ),
-    ] = Field(default=(), description="The state, aspect by aspect; Ready sums it up.")
-    url: Annotated[str, Field(max_length=1024)] | None = Field(
-        default=None, description="The base URL of the OpenAI API inside the cluster: what goes into OPENAI_BASE_URL."
-    )
-    replicas: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Pods that there are.")
-    ready_replicas: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Pods that serve the model.")
-    selector: Annotated[str, Field(max_length=1024)] | None = Field(
-        default=None, description="The label selector of the pods, for autoscalers and `kubectl get pods -l`."
-    )
-    tensor_parallel_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Over how many GPUs each replica splits the model."
-    )
-    model: dict[str, Any] | None = Field(
-        default=None, description="Facts of the model, as the engine read them from its file."
-    )
-    engine_image: Annotated[str, Field(max_length=512)] | None = Field(
-        default=None, description="The engine image that the pods are to run."
-    )
 
 
 class ObjectMeta(Model):

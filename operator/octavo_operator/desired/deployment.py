@@ -10,7 +10,8 @@ from typing import Final
 
 from octavo_operator import names
 from octavo_operator.api import source
-from octavo_operator.api.v1alpha1 import InferenceService, KeySecret, TokenSecret
+from octavo_operator.api.model import TokenSecret
+from octavo_operator.api.v1alpha1 import InferenceService, KeySecret
 from octavo_operator.desired.metadata import Manifest, object_meta
 
 MODEL_DIR: Final = "/models"

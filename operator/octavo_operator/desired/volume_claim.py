@@ -4,7 +4,8 @@ Pure. The claim goes with its service, and when spec.model.cache goes: what is i
 """
 
 from octavo_operator import names
-from octavo_operator.api.v1alpha1 import CacheSpec, InferenceService
+from octavo_operator.api.model import CacheSpec
+from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired.metadata import Manifest, object_meta
 
 

@@ -1,0 +1,242 @@
+"""What keeps pods from serving, from the words in which Kubernetes says it: causes, and the field that mends them.
+
+The words were recorded from a 1.34 scheduler, kubelet and API server. test_status.py has what becomes of a finding.
+"""
+
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+
+from octavo_operator import names
+from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.diagnosis import Finding, diagnose, diagnose_creation
+from octavo_operator.observe import Pod, hindrance
+
+Json = dict[str, Any]
+
+HUB: Final = {"source": "hf://org/repo:model.gguf"}
+
+
+def service(**spec: Any) -> InferenceService:
+    return InferenceService.model_validate(
+        {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "metadata": {"name": "llama", "namespace": "models", "uid": "u", "generation": 4},
+            "spec": {"model": {"source": "pvc://claim/model.gguf"}, **spec},
+        }
+    )
+
+
+def pod(conditions: list[Json] | None = None, *, phase: str = "Pending", **containers: Json) -> Pod:
+    """A pod whose containers have these states."""
+    statuses = [
+        {"name": name, "image": "octavo-engine:1", "ready": False, "state": state} for name, state in containers.items()
+    ]
+    return Pod.from_json(
+        {
+            "metadata": {"name": "p", "namespace": "models", "resourceVersion": "1", "labels": names.labels("llama")},
+            "status": {"phase": phase, "conditions": conditions or [], "containerStatuses": statuses},
+        }
+    )
+
+
+def unscheduled(message: str) -> Pod:
+    return pod([{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}])
+
+
+def waiting(reason: str, message: str = "") -> Json:
+    return {"waiting": {"reason": reason, "message": message}}
+
+
+def told(finding: Finding) -> tuple[str, str, str]:
+    return finding.ready, finding.reason, finding.message("1 of 2 pods")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message", "wait_for", "way_out"),
+    [
+        (
+            {"accelerator": {"type": "nvidia", "count": 4}},
+            "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 nodes are available.",
+            "nvidia.com/gpu (4 a pod)",
+            "lower spec.accelerator.count",
+        ),
+        (
+            {"resources": {"requests": {"memory": "64Gi"}}},
+            "0/1 nodes are available: 1 Insufficient memory.",
+            "memory (64Gi a pod)",
+            "lower spec.resources.requests",
+        ),
+        (
+            {"resources": {"limits": {"cpu": "8"}}},
+            "0/2 nodes are available: 1 Insufficient cpu, 1 Insufficient ephemeral-storage.",
+            "cpu (8 a pod) and ephemeral-storage",
+            "lower spec.resources.requests",
+        ),
+    ],
+)
+def test_what_no_node_has_enough_of_is_named_with_what_a_pod_wants(
+    spec: Json, message: str, wait_for: str, way_out: str
+) -> None:
+    ready, reason, text = told(diagnose(unscheduled(message), service(**spec)))
+    assert (ready, reason) == ("False", "Unschedulable")
+    assert text.startswith(f"1 of 2 pods wait for {wait_for}: 0/")
+    assert text.endswith(way_out)
+    assert "reemption" not in text
+
+
+def test_a_claim_that_is_missing_is_named_with_the_field_that_names_it() -> None:
+    message = '0/1 nodes are available: persistentvolumeclaim "shared" not found. preemption: 0/1 nodes are available.'
+    cached = service(model={**HUB, "cache": {"claimName": "shared"}})
+    assert told(diagnose(unscheduled(message), cached))[1:] == (
+        "ModelSourceNotFound",
+        (
+            '1 of 2 pods cannot start: PersistentVolumeClaim "shared" does not exist in namespace models: create '
+            "it, or correct spec.model.cache.claimName"
+        ),
+    )
+    assert told(diagnose(unscheduled(message), service()))[2].endswith("correct spec.model.source")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. preemption: 0/1 ...",
+        "0/1 nodes are available: 1 node(s) didn't find available persistent volumes to bind. preemption: 0/1 ...",
+    ],
+)
+def test_a_volume_that_is_never_bound_is_told_and_where_to_look(message: str) -> None:
+    _, reason, text = told(diagnose(unscheduled(message), service(model={**HUB, "cache": {"size": "1Gi"}})))
+    assert reason == "VolumeNotBound"
+    assert "kubectl describe pvc --namespace models" in text
+    assert "spec.model.cache.storageClassName" in text
+
+
+@pytest.mark.parametrize(
+    ("message", "detail", "field"),
+    [
+        ('secret "hub" not found', 'Secret "hub" does not exist', "spec.model.tokenSecret"),
+        ("couldn't find key token in Secret models/hub", 'Secret "hub" has no key "token"', "spec.model.tokenSecret"),
+        ('configmap "proxy" not found', 'ConfigMap "proxy" does not exist', "spec.pod.env"),
+        ("couldn't find key a in ConfigMap models/proxy", 'ConfigMap "proxy" has no key "a"', "spec.pod.env"),
+    ],
+)
+def test_a_secret_that_is_missing_is_named_with_the_field_that_names_it(message: str, detail: str, field: str) -> None:
+    of = service(model={**HUB, "tokenSecret": {"name": "hub"}})
+    assert told(diagnose(pod(pull=waiting("CreateContainerConfigError", message)), of)) == (
+        "False",
+        "SecretNotFound",
+        f"1 of 2 pods cannot start: {detail}: create it, or correct {field}",
+    )
+
+
+def events(*pairs: tuple[str, str]) -> list[Json]:
+    """Events of a pod in the order in which they came, told newest first."""
+    return [
+        {"reason": reason, "note": note, "eventTime": None, "deprecatedLastTimestamp": f"2026-01-01T00:00:0{second}Z"}
+        for second, (reason, note) in reversed(list(enumerate(pairs)))
+    ]
+
+
+SILENT: Final = pod(engine=waiting("ContainerCreating"))
+MOUNT: Final = 'MountVolume.SetUp failed for volume "api-keys" : '
+
+
+@pytest.mark.parametrize(
+    ("note", "reason", "text"),
+    [
+        (
+            f'{MOUNT}secret "keys" not found',
+            "SecretNotFound",
+            'Secret "keys" does not exist: create it, or correct spec.endpoint.apiKeySecret',
+        ),
+        (
+            f"{MOUNT}references non-existent secret key: all",
+            "SecretNotFound",
+            'Secret "keys" has no key "all": create it, or correct spec.endpoint.apiKeySecret',
+        ),
+        (
+            'MountVolume.MountDevice failed for volume "pvc-1" : rpc error: no such host',
+            "VolumeMountFailed",
+            'MountVolume.MountDevice failed for volume "pvc-1" : rpc error: no such host',
+        ),
+    ],
+)
+def test_a_volume_that_cannot_be_mounted_is_told_by_events_alone(note: str, reason: str, text: str) -> None:
+    of = service(endpoint={"apiKeySecret": {"name": "keys", "key": "all"}})
+    assert SILENT.is_silent
+    stuck = replace(SILENT, hindrance=hindrance(events(("Scheduled", "assigned"), ("FailedMount", note))))
+    assert told(diagnose(stuck, of)) == ("False", reason, f"1 of 2 pods cannot start: {text}")
+
+
+def test_a_pod_that_went_on_after_a_failed_mount_is_not_held_against() -> None:
+    assert hindrance(events(("FailedMount", "x"), ("Pulling", "the image"))) == ""
+    assert hindrance([]) == ""
+    again = {"reason": "FailedMount", "note": "again", "series": {"lastObservedTime": "2026-01-01T00:00:09Z"}}
+    assert hindrance([*events(("Pulling", "the image")), again]) == "again"
+    assert told(diagnose(SILENT, service()))[1] == "Starting"
+
+
+def test_only_a_pod_with_a_node_and_nothing_to_say_is_silent() -> None:
+    assert not pod(engine=waiting("ImagePullBackOff")).is_silent
+    assert not pod(engine={"running": {"startedAt": "2026-01-01T00:00:00Z"}}).is_silent
+    assert not unscheduled("0/1 nodes are available.").is_silent
+    assert not pod(phase="Running", engine=waiting("ContainerCreating")).is_silent
+    assert pod(pull=waiting("PodInitializing"), engine=waiting("PodInitializing")).is_silent
+
+
+def test_an_engine_that_was_ready_and_is_not_any_more_is_told() -> None:
+    running: Json = {"running": {"startedAt": "2026-01-01T00:01:00Z"}}
+
+    def since(time: str) -> str:
+        conditions = [{"type": "Ready", "status": "False", "lastTransitionTime": time}]
+        return diagnose(pod(conditions, phase="Running", engine=running), service()).reason
+
+    assert since("2026-01-01T00:00:30Z") == "Loading"  # not ready since before this run of the container
+    assert since("2026-01-01T00:05:00Z") == "ReadinessFailing"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "detail"),
+    [
+        (
+            (
+                'pods "llama-6d4cf56db6-x7k2p" is forbidden: exceeded quota: gpus, requested: '
+                "requests.nvidia.com/gpu=2, used: requests.nvidia.com/gpu=3, limited: requests.nvidia.com/gpu=4"
+            ),
+            "QuotaExceeded",
+            "exceeded quota: gpus, requested: requests.nvidia.com/gpu=2, limited: requests.nvidia.com/gpu=4: raise",
+        ),
+        (
+            'admission webhook "images.example.com" denied the request: image is not signed',
+            "AdmissionDenied",
+            'admission webhook "images.example.com" denied the request: image is not signed',
+        ),
+        (
+            'pods "llama-6d4cf56db6-x7k2p" is forbidden: violates PodSecurity "restricted:latest": x',
+            "AdmissionDenied",
+            'violates PodSecurity "restricted:latest": x',
+        ),
+        (
+            'pods "llama-6d4cf56db6-x7k2p" is forbidden: no PriorityClass with name high was found',
+            "AdmissionDenied",
+            "no PriorityClass with name high was found",
+        ),
+        (
+            (
+                'pods "llama-6d4cf56db6-x7k2p" is forbidden: error looking up service account models/llama-engine: '
+                'serviceaccount "llama-engine" not found'
+            ),
+            "PodsForbidden",
+            'serviceaccount "llama-engine" not found',
+        ),
+    ],
+)
+def test_why_pods_cannot_be_created_is_named_without_what_changes(message: str, reason: str, detail: str) -> None:
+    ready, told_reason, text = told(diagnose_creation(message, service()))
+    assert (ready, told_reason) == ("False", reason)
+    assert detail in text
+    assert "x7k2p" not in text
+    assert "used:" not in text
