@@ -23,6 +23,7 @@ DEFAULT_ENGINE_IMAGE: Final = f"octavo/engine:{__version__}"  # what render assu
 
 SERVICE_LABEL: Final = f"{GROUP}/service"  # its value is the InferenceService's name; on every child and every pod
 MANIFEST_HASH_ANNOTATION: Final = f"{GROUP}/manifest-hash"  # on every child: which manifest was applied last
+UPDATE_ANNOTATION: Final = f"{GROUP}/update"  # on an InferenceService; another value takes over a newer rendering
 NAME_LABEL: Final = "app.kubernetes.io/name"
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 COMPONENT_LABEL: Final = "app.kubernetes.io/component"
@@ -101,6 +102,11 @@ def scaled_object(service: str) -> str:
 def monitor(service: str) -> str:
     """The name of the PodMonitor."""
     return service
+
+
+def revision(service: str, digest: str) -> str:
+    """The name of the ControllerRevision that keeps the pod template with this hash."""
+    return f"{service}-{digest}"
 
 
 def service_account(service: str) -> str:

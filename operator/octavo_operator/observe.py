@@ -37,6 +37,10 @@ class Child:
     manifest_hash: str | None = None  # of the manifest that was applied last; see decide.py
     owned_fields: str | None = None  # fieldsV1 of our server-side apply, as JSON text: parsed only when it is compared
     replicas: int | None = None  # spec.replicas, of a Deployment
+    max_surge: int | str | None = None  # of its rolling update
+    revision: int = 0  # of a ControllerRevision
+    data: str | None = None  # of a ControllerRevision, as JSON text
+    annotations: Mapping[str, str] = field(default_factory=dict)  # of a ControllerRevision
     status: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +59,10 @@ class Child:
             manifest_hash=metadata.get("annotations", {}).get(names.MANIFEST_HASH_ANNOTATION),
             owned_fields=_owned_fields(metadata),
             replicas=body.get("spec", {}).get("replicas"),
+            max_surge=body.get("spec", {}).get("strategy", {}).get("rollingUpdate", {}).get("maxSurge"),
+            revision=body.get("revision", 0),
+            data=json.dumps(body["data"]) if "data" in body else None,
+            annotations=metadata.get("annotations", {}) if "data" in body else {},
             status=body.get("status", {}),
         )
 
@@ -98,6 +106,7 @@ class Pod:
     ready: bool
     ready_changed: str  # when `ready` became what it is, RFC 3339
     unscheduled: tuple[str, str] | None  # (reason, message) of PodScheduled while it is False
+    unscheduled_since: str  # RFC 3339
     init_containers: tuple[Container, ...]
     containers: tuple[Container, ...]
     hindrance: str = ""  # why the kubelet cannot start it, where only an event tells; see `hindrance`
@@ -125,6 +134,7 @@ class Pod:
                 if scheduled.get("status") == "False"
                 else None
             ),
+            unscheduled_since=scheduled.get("lastTransitionTime", ""),
             init_containers=tuple(_container(item) for item in status.get("initContainerStatuses", ())),
             containers=tuple(_container(item) for item in status.get("containerStatuses", ())),
         )

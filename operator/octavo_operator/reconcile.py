@@ -29,6 +29,7 @@ from octavo_operator.kube import Kube
 from octavo_operator.observe import Child, Observed, hindrance
 from octavo_operator.queue import WorkQueue
 from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, Json, Key
+from octavo_operator.rollout import choose_order, freeze
 from octavo_operator.settings import Settings
 
 WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server
@@ -141,9 +142,14 @@ class Reconciler:
         return await self._reconcile_valid(key, body, service)
 
     async def _reconcile_valid(self, key: Key, body: Json, service: InferenceService) -> float | None:
-        engine_image = self._settings.engine_image
-        desired = children(service, engine_image=engine_image, offered=self._caches.offered)
-        plan = decide(body["metadata"]["uid"], desired, await self._observe(key, desired))
+        now = datetime.now(UTC)
+        order = choose_order(service, self._caches.observed(key), now)
+        desired = children(
+            service, engine_image=self._settings.engine_image, offered=self._caches.offered, ends_first=order.ends_first
+        )
+        found = await self._observe(key, desired)
+        frozen = freeze(service, desired, found)
+        plan = decide(body["metadata"]["uid"], frozen.manifests, found)
         created, failure = await self._apply(plan)
         previous = body.get("status", {})
         observed = await self._with_hindrances(self._caches.observed(key))
@@ -152,16 +158,16 @@ class Reconciler:
             previous=previous,
             observed=observed,
             plan=plan,
-            engine_image=engine_image,
+            order=order,
+            frozen=frozen,
             failure=failure,
-            now=datetime.now(UTC),
+            now=now,
         )
         await self._tell(body, previous, told, events.of_plan(plan, created))
         if failure is not None:
             raise failure
-        if any(pod.is_silent for pod in observed.pods):
-            return min(SILENCE_SECONDS, plan.requeue_after or SILENCE_SECONDS)
-        return plan.requeue_after
+        silence = SILENCE_SECONDS if any(pod.is_silent for pod in observed.pods) else None
+        return min(filter(None, (plan.requeue_after, order.look_again, silence)), default=None)
 
     async def _with_hindrances(self, observed: Observed) -> Observed:
         """Add what only events tell: a volume that cannot be mounted changes nothing in the pod itself."""

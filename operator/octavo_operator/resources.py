@@ -44,6 +44,7 @@ SERVICE_ACCOUNT: Final = Resource("v1", "ServiceAccount", "serviceaccounts")
 DISRUPTION_BUDGET: Final = Resource("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
 NETWORK_POLICY: Final = Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
 VOLUME_CLAIM: Final = Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
+CONTROLLER_REVISION: Final = Resource("apps/v1", "ControllerRevision", "controllerrevisions")
 POD: Final = Resource("v1", "Pod", "pods")
 EVENT: Final = Resource("events.k8s.io/v1", "Event", "events")
 
@@ -54,7 +55,14 @@ OPTIONAL: Final = {resource.kind: resource for resource in (POD_MONITOR, SCALED_
 CHILDREN: Final = {  # what may be applied
     resource.kind: resource
     for resource in (
-        *(SERVICE_ACCOUNT, NETWORK_POLICY, VOLUME_CLAIM, SERVICE, DEPLOYMENT, DISRUPTION_BUDGET, AUTOSCALER),
+        SERVICE_ACCOUNT,
+        NETWORK_POLICY,
+        VOLUME_CLAIM,
+        SERVICE,
+        DEPLOYMENT,
+        CONTROLLER_REVISION,
+        DISRUPTION_BUDGET,
+        AUTOSCALER,
         *OPTIONAL.values(),
     )
 }

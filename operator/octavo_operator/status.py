@@ -1,11 +1,12 @@
 """What to tell: the status of an InferenceService, from what is observed. Pure; called by reconcile.py on every pass.
 
-Three conditions, each positive, each there at all times, each rebuilt from scratch on every pass, so that none outlives
+Four conditions, each there at all times, each rebuilt from scratch on every pass, so that none outlives
 its cause:
 
     Ready        True: all that was asked for serves. False: something is broken, and it says what. Unknown: on its way.
     Available    True: at least one pod serves. False: none does.
     Progressing  False: there is no progress until somebody acts. True: it goes on, or is there.
+    UpdateAvailable  True: this operator would make other pods than those that are there, and leaves them; rollout.py.
 
 Messages are a function of the state alone, without clocks and counters that only grow: otherwise the steady state of a
 broken service would be a stream of writes.
@@ -24,8 +25,9 @@ from octavo_operator.diagnosis import MESSAGE_LIMIT, Cause, Finding, diagnose, d
 from octavo_operator.errors import ApiError, Forbidden
 from octavo_operator.observe import Child, Observed, Pod
 from octavo_operator.resources import DEPLOYMENT, Json
+from octavo_operator.rollout import Frozen, Order
 
-CONDITION_TYPES: Final = ("Ready", "Available", "Progressing")
+CONDITION_TYPES: Final = ("Ready", "Available", "Progressing", "UpdateAvailable")
 
 
 def build(
@@ -34,7 +36,8 @@ def build(
     previous: Json,
     observed: Observed,
     plan: Plan,
-    engine_image: str,
+    order: Order,
+    frozen: Frozen,
     failure: ApiError | None,
     now: datetime,
 ) -> Json:
@@ -45,7 +48,8 @@ def build(
         previous: the status that is stored, for the times of the transitions.
         observed: what there is after the plan was carried out.
         plan: what was planned; its conflicts are told.
-        engine_image: the image for services that name none.
+        order: which of two pods comes first in a rollout.
+        frozen: the pod template that is applied, and whether there is a newer one.
         failure: why the plan could not be carried out, if so.
         now: the time of a transition.
     """
@@ -61,6 +65,7 @@ def build(
             finding,
             message=finding.message(f"{num_pods} of {max(wanted, num_pods)} pods"),
             serving=_sentence(serving, wanted) if serving else None,
+            update=_update_available(service, frozen),
             now=now,
         ),
         "url": url(service),
@@ -68,7 +73,8 @@ def build(
         "readyReplicas": serving,
         "selector": names.selector_text(service.name),
         "tensorParallelSize": service.spec.accelerator.tensor_parallel_size,
-        "engineImage": service.spec.engine.image or engine_image,
+        "rollout": {"strategy": "replace" if order.ends_first else "surge", "message": order.why},
+        "engineImage": frozen.engine_image,
     }
     facts = model_facts(observed.pods)
     return {**status, "model": facts} if facts else status
@@ -86,6 +92,7 @@ def build_invalid(
         finding,
         message=finding.message(""),
         serving=_sentence(serving, replicas) if serving else None,
+        update=("Unknown", finding.reason, "what the pods should be is not known"),
         now=now,
     )
     counted = {"replicas": replicas, "readyReplicas": serving}
@@ -105,13 +112,21 @@ def condition(status: Json, type_: str) -> Json:
 
 
 def _conditions(
-    previous: Json, generation: int, finding: Finding, *, message: str, serving: str | None, now: datetime
+    previous: Json,
+    generation: int,
+    finding: Finding,
+    *,
+    message: str,
+    serving: str | None,
+    update: tuple[str, str, str],
+    now: datetime,
 ) -> list[Json]:
     stuck = finding.ready == "False" and finding.cause is not Cause.SUSPENDED
     told = (
         (finding.ready, finding.reason, message),
         ("True", "PodsReady", serving) if serving else ("False", finding.reason, "no pod serves the model"),
         ("False" if stuck else "True", finding.reason, message),
+        update,
     )
     time = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return [
@@ -126,6 +141,21 @@ def _conditions(
         for type_, (status, reason, text) in zip(CONDITION_TYPES, told, strict=True)
         for before in [condition(previous, type_)]
     ]
+
+
+def _update_available(service: InferenceService, frozen: Frozen) -> tuple[str, str, str]:
+    """Status, reason and message of UpdateAvailable."""
+    if not frozen.update_available:
+        return "False", "UpToDate", "the pods are as this operator makes them"
+    return (
+        "True",
+        "OperatorChanged",
+        (
+            "this operator would make the pods otherwise than the one before it did; they are replaced on the next "
+            f"change of the spec that concerns them, or by `kubectl annotate --overwrite ois/{service.name} "
+            f"{names.UPDATE_ANNOTATION}=$(date +%s)`"
+        ),
+    )
 
 
 def _sentence(serving: int, wanted: int) -> str:

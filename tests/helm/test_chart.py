@@ -206,6 +206,7 @@ ALLOWED: Final = {
     ("policy", "poddisruptionbudgets"): KEEP,
     ("monitoring.coreos.com", "podmonitors"): KEEP,
     ("", "persistentvolumeclaims"): OWN,
+    ("apps", "controllerrevisions"): OWN,
     ("keda.sh", "scaledobjects"): OWN,
     ("autoscaling", "horizontalpodautoscalers"): OWN,
     ("", "pods"): READ,

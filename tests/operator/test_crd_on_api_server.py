@@ -91,7 +91,7 @@ def test_the_stored_object_has_the_defaults_and_no_empty_parts(server: ApiServer
         "accelerator": {"type": "cpu"},
         "endpoint": {"port": 80},
         "engine": {"device": "auto", "dtype": "auto"},
-        "rollout": {"drainSeconds": 300},
+        "rollout": {"drainSeconds": 300, "strategy": "auto"},
     }
 
 

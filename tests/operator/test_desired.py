@@ -199,16 +199,13 @@ def test_two_models_in_one_cache_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache", "expected"),
-    [
-        ({"size": "1Gi"}, {"maxSurge": 0, "maxUnavailable": 1}),
-        ({"size": "1Gi", "accessMode": "ReadWriteMany"}, {"maxSurge": 1, "maxUnavailable": 0}),
-        ({"claimName": "shared"}, {"maxSurge": 1, "maxUnavailable": 0}),
-    ],
+    ("ends_first", "expected"),
+    [(False, {"maxSurge": 1, "maxUnavailable": 0}), (True, {"maxSurge": 0, "maxUnavailable": 1})],
 )
-def test_two_pods_never_wait_for_a_volume_that_only_one_can_have(cache: Manifest, expected: Manifest) -> None:
-    strategy = rendered(model={**CACHED, "cache": cache})["Deployment"]["spec"]["strategy"]
-    assert strategy == {"type": "RollingUpdate", "rollingUpdate": expected}
+def test_the_order_of_a_rollout_is_in_the_deployments_strategy(ends_first: bool, expected: Manifest) -> None:  # noqa: FBT001 - a parameter
+    manifests = children(service(), engine_image="octavo-engine:test", ends_first=ends_first)
+    (deployment,) = (child for child in manifests if child["kind"] == "Deployment")
+    assert deployment["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": expected}
 
 
 def test_only_the_pull_gets_the_token_and_the_operator_never_sees_it() -> None:

@@ -71,12 +71,14 @@ def test_the_status_follows_the_pods_and_tells_where_the_model_is(playground: Pl
             "readyReplicas": 2,
             "selector": "app.kubernetes.io/component=engine,serving.octavo.dev/service=llama",
             "tensorParallelSize": 1,
+            "rollout": {"strategy": "surge", "message": "there is room for one more pod, as far as is known"},
             "engineImage": ENGINE_IMAGE,
         }
         assert {type_: each["status"] for type_, each in conditions.items()} == {
             "Ready": "True",
             "Available": "True",
             "Progressing": "True",
+            "UpdateAvailable": "False",
         }
         assert {each["observedGeneration"] for each in conditions.values()} == {1}
         playground.play_deployment_controller(replicas=2, ready=0)
@@ -126,6 +128,7 @@ def test_a_steady_state_is_not_written_to(playground: Playground) -> None:
             "networkpolicies": 1,
             "services": 1,
             "deployments": 1,
+            "controllerrevisions": 1,
             "poddisruptionbudgets": 1,
             "horizontalpodautoscalers": 1,
             "events": 3,

@@ -505,6 +505,13 @@ BAD: Final = (
         allow({"ipBlock": {"cidr": block}}, ".ipBlock.cidr", "must be a range of addresses such as 10.0.0.0/8")
         for block in ("10.0.0.0", "10.0.0.256/8", "10.0.0.0/33", "localhost/8")
     ),
+    one_of({"rollout": {"strategy": "recreate"}}, "rollout.strategy", ["auto", "surge", "replace"]),
+    Bad(
+        "two pods with a volume for one",
+        {"spec": {**cached({"size": "1Gi"}), "rollout": {"strategy": "surge"}}},
+        "rollout.strategy surge needs a volume that two pods can have",
+        "spec",
+    ),
     at_least({"rollout": {"drainSeconds": -1}}, "rollout.drainSeconds", 0),
     bad_spec("memory in words", {"resources": {"requests": {"memory": "lots"}}}, "resources.requests.memory", QUANTITY),
     bad_spec("negative CPU", {"resources": {"limits": {"cpu": -1}}}, "resources.limits.cpu", QUANTITY),

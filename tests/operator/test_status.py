@@ -12,10 +12,12 @@ from octavo_operator import diagnosis, names, status
 from octavo_operator.api.status import InferenceServiceStatus
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.decide import Plan
+from octavo_operator.desired import children
 from octavo_operator.errors import ApiError, Forbidden, Refused
 from octavo_operator.events import Event, of_plan, of_transition
 from octavo_operator.observe import Child, Observed, Owner, Pod
 from octavo_operator.resources import Key
+from octavo_operator.rollout import Frozen, Order
 
 Json = dict[str, Any]
 
@@ -108,10 +110,15 @@ def tell(
         previous=previous or {},
         observed=Observed(children={("Deployment", "llama"): child}, pods=pods),
         plan=plan or Plan(),
-        engine_image="octavo-engine:1",
+        order=Order(ends_first=False, why="there is room"),
+        frozen=frozen(of or service(replicas=child.replicas)),
         failure=failure,
         now=now,
     )
+
+
+def frozen(of: InferenceService, *, update_available: bool = False) -> Frozen:
+    return Frozen(manifests=children(of, engine_image="octavo-engine:1"), update_available=update_available)
 
 
 def ready(told: Json) -> tuple[str, str, str]:
@@ -120,7 +127,7 @@ def ready(told: Json) -> tuple[str, str, str]:
 
 
 def statuses(told: Json) -> dict[str, str]:
-    return {each["type"]: each["status"] for each in told["conditions"]}
+    return {each["type"]: each["status"] for each in told["conditions"] if each["type"] != "UpdateAvailable"}
 
 
 GPU_MESSAGE = (
@@ -321,7 +328,7 @@ def test_every_ailment_of_a_pod_has_its_reason_and_sentence(pod_status: Json, ex
     assert ready(told) == expected
     stuck = expected[0] == "False"
     assert statuses(told) == {"Ready": expected[0], "Available": "False", "Progressing": "False" if stuck else "True"}
-    assert {each["reason"] for each in told["conditions"]} == {expected[1]}
+    assert {each["reason"] for each in told["conditions"]} == {expected[1], "UpToDate"}
     InferenceServiceStatus.model_validate(told)
 
 
@@ -445,7 +452,8 @@ def test_before_there_is_a_deployment_the_pods_are_being_started() -> None:
         previous={},
         observed=Observed(children={}),
         plan=Plan(),
-        engine_image="e",
+        order=Order(ends_first=False, why=""),
+        frozen=frozen(service()),
         failure=None,
         now=NOW,
     )
@@ -514,6 +522,7 @@ def test_a_transition_time_changes_only_when_the_status_flips() -> None:
         "Ready": "2026-01-02T09:09:09Z",
         "Available": "2026-01-02T03:04:05Z",
         "Progressing": "2026-01-02T09:09:09Z",
+        "UpdateAvailable": "2026-01-02T03:04:05Z",
     }
 
 
@@ -534,8 +543,28 @@ def test_the_status_says_what_clients_and_autoscalers_need() -> None:
         "readyReplicas": 0,
         "selector": names.selector_text("llama"),
         "tensorParallelSize": 2,
+        "rollout": {"strategy": "surge", "message": "there is room"},
         "engineImage": "mine",
     }
+
+
+def test_an_operator_that_would_make_other_pods_says_so_and_how_they_are_replaced() -> None:
+    told = status.build(
+        service(),
+        previous={},
+        observed=Observed(children={("Deployment", "llama"): deployment(1, ready=1)}),
+        plan=Plan(),
+        order=Order(ends_first=True, why="no GPUs are free"),
+        frozen=frozen(service(), update_available=True),
+        failure=None,
+        now=NOW,
+    )
+    found = status.condition(told, "UpdateAvailable")
+    assert (found["status"], found["reason"]) == ("True", "OperatorChanged")
+    assert "kubectl annotate --overwrite ois/llama serving.octavo.dev/update=" in found["message"]
+    assert told["rollout"] == {"strategy": "replace", "message": "no GPUs are free"}
+    assert ready(told)[0] == "True"
+    InferenceServiceStatus.model_validate(told)
 
 
 def test_the_facts_of_the_model_come_from_the_newest_pod_that_knows_them() -> None:

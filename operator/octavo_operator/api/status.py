@@ -25,6 +25,15 @@ class Condition(Model):
     )
 
 
+class RolloutStatus(Model):
+    """How pods take each other's place."""
+
+    strategy: Literal["surge", "replace"] = Field(
+        description="surge: a new pod comes before an old one goes. replace: an old one goes first."
+    )
+    message: str = Field(max_length=1024, description="Why so.")
+
+
 class InferenceServiceStatus(Model):
     """What the operator sees."""
 
@@ -51,6 +60,7 @@ class InferenceServiceStatus(Model):
     model: dict[str, Any] | None = Field(
         default=None, description="Facts of the model, as the engine read them from its file."
     )
+    rollout: RolloutStatus | None = Field(default=None, description="How pods take each other's place.")
     engine_image: Annotated[str, Field(max_length=512)] | None = Field(
         default=None, description="The engine image that the pods are to run."
     )

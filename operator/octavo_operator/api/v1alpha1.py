@@ -212,6 +212,11 @@ class EndpointSpec(Model):
 class RolloutSpec(Model):
     """How pods are replaced."""
 
+    strategy: Literal["auto", "surge", "replace"] = Field(
+        default="auto",
+        description="surge: a new pod comes before an old one goes. replace: an old one goes first. auto: surge, and "
+        "replace where the new pod waits for GPUs that the old ones hold. A ReadWriteOnce cache means replace.",
+    )
     drain_seconds: int = Field(
         default=300,
         ge=0,
@@ -224,6 +229,15 @@ class InferenceServiceSpec(Model):
     """What to serve, on what, and how many times."""
 
     rules: ClassVar = (
+        Rule(
+            cel="self.rollout.strategy != 'surge' || !has(self.model.cache) || !has(self.model.cache.size) || "
+            "has(self.model.cache.accessMode) && self.model.cache.accessMode == 'ReadWriteMany'",
+            holds=lambda it: (
+                it.rollout.strategy != "surge" or it.model.cache is None or not it.model.cache.is_for_one_pod
+            ),
+            message="rollout.strategy surge needs a volume that two pods can have: set model.cache.accessMode to "
+            "ReadWriteMany",
+        ),
         Rule(
             cel="!(has(self.replicas) && has(self.autoscaling))",
             holds=lambda it: it.replicas is None or it.autoscaling is None,

@@ -21,7 +21,9 @@ from octavo_operator.desired.metadata import Manifest
 from octavo_operator.resources import POD_MONITOR, SCALED_OBJECT
 
 
-def children(service: InferenceService, *, engine_image: str, offered: Collection[str] = ()) -> tuple[Manifest, ...]:
+def children(
+    service: InferenceService, *, engine_image: str, offered: Collection[str] = (), ends_first: bool = False
+) -> tuple[Manifest, ...]:
     """Every child that should exist, complete as the operator applies it. A kind that is missing should not exist.
 
     They are in the order in which they are applied: what pods need comes before the Deployment
@@ -31,6 +33,7 @@ def children(service: InferenceService, *, engine_image: str, offered: Collectio
         service: the resource.
         engine_image: the image for services that name none.
         offered: those of resources.OPTIONAL's kinds that the cluster has.
+        ends_first: whether an old pod ends before its successor starts; see rollout.py.
     """
     cache = service.spec.model.cache
     manifests = [
@@ -38,7 +41,7 @@ def children(service: InferenceService, *, engine_image: str, offered: Collectio
         network_policy.build(service),
         *([volume_claim.build(service, cache)] if cache is not None and cache.size is not None else []),
         cluster_service.build(service),
-        deployment.build(service, engine_image=engine_image),
+        deployment.build(service, engine_image=engine_image, ends_first=ends_first),
         disruption_budget.build(service),
     ]
     if POD_MONITOR.kind in offered:

@@ -39,21 +39,23 @@ class _Model:
     init_containers: tuple[Manifest, ...]
 
 
-def build(service: InferenceService, *, engine_image: str) -> Manifest:
+def build(service: InferenceService, *, engine_image: str, ends_first: bool = False) -> Manifest:
     """The manifest of the Deployment.
 
     Args:
         service: the resource.
         engine_image: the image for services that name none.
+        ends_first: whether an old pod ends before its successor starts; else the successor starts first.
     """
     spec = service.spec
     replicas: Manifest = {}
     if spec.autoscaling is None:  # else the number is the autoscaler's, and applying one would fight it
         replicas = {"replicas": 1 if spec.replicas is None else spec.replicas}
+    rolling_update = {"maxSurge": 0, "maxUnavailable": 1} if ends_first else {"maxSurge": 1, "maxUnavailable": 0}
     manifest_spec: Manifest = {
         **replicas,
         "selector": {"matchLabels": names.selector(service.name)},
-        "strategy": {"type": "RollingUpdate", "rollingUpdate": _rolling_update(service)},
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": rolling_update},
         "progressDeadlineSeconds": STARTUP_BUDGET_SECONDS + 600,
         "revisionHistoryLimit": OLD_REPLICA_SETS,
         "template": _pod_template(service, spec.engine.image or engine_image),
@@ -64,14 +66,6 @@ def build(service: InferenceService, *, engine_image: str) -> Manifest:
         "metadata": object_meta(service, names.deployment(service.name)),
         "spec": manifest_spec,
     }
-
-
-def _rolling_update(service: InferenceService) -> Manifest:
-    """A new pod comes before an old one goes, unless they would wait for the same volume."""
-    cache = service.spec.model.cache
-    if cache is not None and cache.is_for_one_pod:
-        return {"maxSurge": 0, "maxUnavailable": 1}
-    return {"maxSurge": 1, "maxUnavailable": 0}
 
 
 def _pod_template(service: InferenceService, image: str) -> Manifest:

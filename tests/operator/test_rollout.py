@@ -1,0 +1,171 @@
+"""When pods are replaced, and in which order. test_rollout_apiserver.py has the same before a real API server."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from octavo_operator import names
+from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.desired import children
+from octavo_operator.observe import Child, Observed, Pod
+from octavo_operator.rollout import Frozen, choose_order, freeze
+
+Json = dict[str, Any]
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+ONE_POD_VOLUME = {"source": "hf://org/repo:model.gguf", "cache": {"size": "1Gi"}}
+
+
+def service(generation: int = 1, *, update: str | None = None, **spec: Any) -> InferenceService:
+    annotations = {} if update is None else {names.UPDATE_ANNOTATION: update}
+    return InferenceService.model_validate(
+        {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "metadata": {
+                "name": "llama",
+                "namespace": "models",
+                "uid": "u",
+                "generation": generation,
+                "annotations": annotations,
+            },
+            "spec": {"model": {"source": "pvc://claim/model.gguf"}, **spec},
+        }
+    )
+
+
+# The order
+
+
+def deployment(total: int, updated: int, *, max_surge: int = 1, seen: bool = True) -> Child:
+    body = {
+        "metadata": {
+            "name": "llama",
+            "namespace": "models",
+            "uid": "d",
+            "resourceVersion": "1",
+            "generation": 2,
+            "labels": names.labels("llama"),
+        },
+        "spec": {"replicas": 2, "strategy": {"rollingUpdate": {"maxSurge": max_surge}}},
+        "status": {"observedGeneration": 2 if seen else 1, "replicas": total, "updatedReplicas": updated},
+    }
+    return Child.from_json("Deployment", body)
+
+
+def waiting_pod(seconds: float, resource: str = "nvidia.com/gpu") -> Pod:
+    since = (NOW - timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    message = f"0/1 nodes are available: 1 Insufficient {resource}."
+    scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    return Pod.from_json(
+        {
+            "metadata": {"name": "p", "namespace": "models", "resourceVersion": "1", "labels": names.labels("llama")},
+            "status": {"phase": "Pending", "conditions": [{**scheduled, "lastTransitionTime": since}]},
+        }
+    )
+
+
+def order(there: Child | None, *pods: Pod, **spec: Any) -> tuple[bool, float | None]:
+    found = {} if there is None else {("Deployment", "llama"): there}
+    chosen = choose_order(service(**spec), Observed(children=found, pods=pods), NOW)
+    return chosen.ends_first, chosen.look_again
+
+
+def test_a_new_pod_comes_first_and_for_twenty_seconds_it_may_wait_for_gpus() -> None:
+    assert order(None) == (False, None)
+    assert order(deployment(3, 1)) == (False, None)
+    assert order(deployment(3, 1), waiting_pod(5)) == (False, 15.0)
+    assert order(deployment(3, 1), waiting_pod(19)) == (False, 1.0)
+
+
+def test_then_an_old_pod_goes_first_until_no_old_one_is_left() -> None:
+    assert order(deployment(3, 1), waiting_pod(20)) == (True, None)
+    assert order(deployment(2, 1, max_surge=0)) == (True, None)
+    assert order(deployment(2, 1, max_surge=0, seen=False)) == (True, None)
+    assert order(deployment(2, 2, max_surge=0)) == (False, None)
+
+
+def test_gpus_that_no_old_pod_holds_and_other_wants_change_nothing() -> None:
+    assert order(deployment(2, 2), waiting_pod(60)) == (False, None)
+    assert order(deployment(3, 1), waiting_pod(60, "memory")) == (False, None)
+    assert order(deployment(3, 1), replace(waiting_pod(60), deleting=True)) == (False, None)
+
+
+def test_the_strategy_of_the_spec_goes_before() -> None:
+    assert order(deployment(3, 1), waiting_pod(60), rollout={"strategy": "surge"}) == (False, None)
+    assert order(None, rollout={"strategy": "replace"}) == (True, None)
+
+
+def test_pods_that_share_a_volume_for_one_never_overlap() -> None:
+    assert order(None, model=ONE_POD_VOLUME) == (True, None)
+    assert order(None, model={**ONE_POD_VOLUME, "cache": {"size": "1Gi", "accessMode": "ReadWriteMany"}})[0] is False
+    assert order(None, model={**ONE_POD_VOLUME, "cache": {"claimName": "shared"}})[0] is False
+
+
+# What is kept
+
+
+def apply(it: InferenceService, before: Frozen | None = None, image: str = "engine:1") -> Frozen:
+    """Freeze what an operator with this engine image renders, after `before` was applied."""
+    there = {}
+    if before is not None:
+        body = before.manifests[-1]
+        metadata = {**body["metadata"], "uid": "r", "resourceVersion": "1"}
+        child = Child.from_json("ControllerRevision", json.loads(json.dumps({**body, "metadata": metadata})))
+        there = {(child.kind, child.name): child}
+    return freeze(it, children(it, engine_image=image), Observed(children=there))
+
+
+def test_the_first_template_is_the_rendered_one_and_is_kept() -> None:
+    first = apply(service())
+    assert (first.engine_image, first.update_available) == ("engine:1", False)
+    deployment = next(each for each in first.manifests if each["kind"] == "Deployment")
+    revision = first.manifests[-1]
+    assert revision["data"] == {"template": deployment["spec"]["template"]}
+    assert apply(service(), first) == first
+
+
+def test_another_operator_leaves_the_pods_and_says_so() -> None:
+    first = apply(service())
+    upgraded = apply(service(), first, image="engine:2")
+    assert (upgraded.engine_image, upgraded.update_available) == ("engine:1", True)
+    assert upgraded.manifests[-1]["metadata"]["name"] == first.manifests[-1]["metadata"]["name"]
+    assert apply(service(), upgraded, image="engine:2") == upgraded
+    # Back again, as after a failed upgrade.
+    assert apply(service(), upgraded).update_available is False
+
+
+@pytest.mark.parametrize("spec", [{"replicas": 5}, {"endpoint": {"port": 8080}}, {"rollout": {"strategy": "replace"}}])
+def test_a_change_that_does_not_concern_the_pods_does_not_replace_them_after_an_upgrade(spec: Json) -> None:
+    upgraded = apply(service(), apply(service()), image="engine:2")
+    scaled = apply(service(2, **spec), upgraded, image="engine:2")
+    assert (scaled.engine_image, scaled.update_available) == ("engine:1", True)
+    # Also at the next upgrade.
+    assert apply(service(2, **spec), scaled, image="engine:3").engine_image == "engine:1"
+
+
+def test_a_change_that_concerns_the_pods_takes_over_the_newer_rendering() -> None:
+    upgraded = apply(service(), apply(service()), image="engine:2")
+    changed = apply(service(2, engine={"maxModelLen": 64}), upgraded, image="engine:2")
+    assert (changed.engine_image, changed.update_available) == ("engine:2", False)
+    assert changed.manifests[-1]["metadata"]["name"] != upgraded.manifests[-1]["metadata"]["name"]
+    assert changed.manifests[-1]["revision"] == 2
+
+
+def test_the_annotation_asks_for_the_newer_rendering_once() -> None:
+    upgraded = apply(service(), apply(service()), image="engine:2")
+    asked = apply(service(update="1"), upgraded, image="engine:2")
+    assert (asked.engine_image, asked.update_available) == ("engine:2", False)
+    assert apply(service(update="1"), asked, image="engine:3").engine_image == "engine:2"
+    assert apply(service(update="2"), asked, image="engine:3").engine_image == "engine:3"
+
+
+def test_what_a_deleted_service_of_the_same_name_kept_is_not_taken_over() -> None:
+    first = apply(service())
+    body = first.manifests[-1]
+    owner = {**body["metadata"]["ownerReferences"][0], "uid": "of-the-one-before"}
+    stale = replace(first, manifests=({**body, "metadata": {**body["metadata"], "ownerReferences": [owner]}},))
+    assert apply(service(), stale, image="engine:2").engine_image == "engine:2"
