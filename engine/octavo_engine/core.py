@@ -12,10 +12,8 @@ life.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import logging
-import signal
 import socket
 import sys
 import time
@@ -32,16 +30,21 @@ from octavo_engine.messages import (
     StepOutputs,
 )
 from octavo_engine.planning import plan_ahead
+from octavo_engine.process import bind_to_parent
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.structured.pending import PendingGrammars
 from octavo_engine.transport import EngineChannel, config_from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from octavo_engine.config import EngineConfig
     from octavo_engine.errors import Facts
+    from octavo_engine.grammar import Grammar
     from octavo_engine.messages import ToEngine
     from octavo_engine.plan import LoadedModel
+    from octavo_engine.structured.compiler import Compiler
 
     OnProgress = Callable[[str, int, int], None]  # phase, bytes done, bytes in total
     LoadRunner = Callable[[EngineConfig, OnProgress], LoadedModel]
@@ -49,9 +52,7 @@ if TYPE_CHECKING:
 IDLE_WAIT_SECONDS = (
     0.5  # half of the second that messages.StepOutputs promises, so that a late wake-up keeps the promise
 )
-
-PR_SET_PDEATHSIG = 1  # prctl(2)
-PR_SET_NAME = 15
+_PENDING_WAIT_SECONDS = 0.002  # while nothing but a grammar is awaited
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class ShutdownRequested(Exception):
     """The API process asked this one to end."""
 
 
-def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel) -> NoReturn:
+def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel, grammars: PendingGrammars) -> NoReturn:
     """Serve requests for ever.
 
     Raises:
@@ -70,8 +71,9 @@ def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel) -
     """
     is_idle = False
     while True:
-        messages = channel.receive(timeout=0 if scheduler.has_requests else IDLE_WAIT_SECONDS)
-        updates = deliver(messages, scheduler, model.vocab_size)
+        wait = _PENDING_WAIT_SECONDS if grammars else IDLE_WAIT_SECONDS
+        messages = grammars.hold_back(channel.receive(timeout=0 if scheduler.has_requests else wait))
+        updates = deliver(messages, scheduler, model.vocab_size, grammars.compiled())
         started = time.monotonic()
         plan = scheduler.schedule()
         if plan is None:
@@ -93,26 +95,39 @@ def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel) -
         )
 
 
-def deliver(messages: Iterable[ToEngine], scheduler: Scheduler, vocab_size: int) -> tuple[RequestUpdate, ...]:
-    """Hand messages to the scheduler; return the last words to the requests that are refused."""
-    refusals = []
+def deliver(
+    messages: Iterable[ToEngine],
+    scheduler: Scheduler,
+    vocab_size: int,
+    compiled: Iterable[tuple[AddRequest, Grammar | RequestInvalid]] = (),
+) -> tuple[RequestUpdate, ...]:
+    """Hand messages, and requests with their grammars, to the scheduler; return the last words to who is refused."""
+    refusals: list[RequestUpdate] = []
+
+    def add(request: AddRequest, grammar: Grammar | RequestInvalid | None) -> None:
+        try:
+            check_token_ids(request, vocab_size)
+            if isinstance(grammar, RequestInvalid):
+                raise grammar
+            scheduler.add(request, grammar)
+        except RequestInvalid as error:
+            refusals.extend(
+                RequestUpdate(
+                    request_id=request.request_id,
+                    choice=choice,
+                    token_ids=(),
+                    finish_reason="error",
+                    error=str(error),
+                )
+                for choice in range(request.num_choices)
+            )
+
+    for request, grammar in compiled:
+        add(request, grammar)
     for message in messages:
         match message:
             case AddRequest():
-                try:
-                    check_token_ids(message, vocab_size)
-                    scheduler.add(message)
-                except RequestInvalid as error:
-                    refusals += [
-                        RequestUpdate(
-                            request_id=message.request_id,
-                            choice=choice,
-                            token_ids=(),
-                            finish_reason="error",
-                            error=str(error),
-                        )
-                        for choice in range(message.num_choices)
-                    ]
+                add(message, None)
             case AbortRequest():
                 scheduler.abort(message.request_id, message.choice)
             case Shutdown():
@@ -147,7 +162,9 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
             enable_prefix_caching=config.enable_prefix_caching,
         )
         channel.send(model.facts)
-        run_loop(channel, scheduler, model)
+        # In its thread, when the first request with a grammar comes: most servers see none.
+        tokenizer = config.tokenizer or config.model
+        run_loop(channel, scheduler, model, PendingGrammars(lambda: load_compiler(tokenizer, model.eos_token_ids)))
     except ShutdownRequested:
         return 0
     except PeerGone:
@@ -160,6 +177,13 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
         logger.exception("the engine failed")
         refuse(channel, "EngineFailed", f"{type(error).__name__}: {error}", {})
         return 1
+
+
+def load_compiler(path: Path, eos_token_ids: frozenset[int]) -> Compiler:
+    """Build what compiles grammars; imported here, for those who need it."""
+    from octavo_engine.structured.compiler import Compiler  # noqa: PLC0415 - a library of its own comes in with it
+
+    return Compiler.load(path, eos_token_ids)
 
 
 def load_model(config: EngineConfig, on_progress: OnProgress) -> LoadedModel:
@@ -180,24 +204,9 @@ def refuse(channel: EngineChannel, reason: str, message: str, facts: Facts) -> N
         channel.send(Refused(reason=reason, message=message, facts=facts))
 
 
-def bind_to_parent() -> None:
-    """Leave ending to the API process, and never outlive it.
-
-    It drains on SIGTERM and SIGINT and then closes the socket, while a terminal or a process manager sends these
-    signals to this process too. Closing the socket ends the loop between two steps; on Linux the death of the parent
-    also ends a step that never returns.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        libc.prctl(PR_SET_NAME, b"octavo-engine")  # for ps and top
-
-
 def main(arguments: list[str], load: LoadRunner = load_model) -> int:
     """The engine process from its two arguments on: the socket's file descriptor and the configuration as JSON."""
-    bind_to_parent()
+    bind_to_parent(b"octavo-engine")
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     fd, config = arguments

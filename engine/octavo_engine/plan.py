@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from octavo_engine.grammar import Grammar
 from octavo_engine.past import PastTokens
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class SamplingParams:
     seed: int | None = None  # the draw depends on seed and position only; None: the engine's seed and the request id
     stop_token_ids: tuple[int, ...] = ()  # any of these ends the request with "stop", besides the model's own EOS
     ignore_eos: bool = False  # go on after EOS (benchmarks)
+    grammar: str | None = None  # llguidance's text of what the answer keeps to; not with min_tokens or ignore_eos
 
     @property
     def has_penalties(self) -> bool:
@@ -64,6 +66,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     num_choices: int = 1  # with needs_token: draw the first tokens of `choice` .. `choice + num_choices - 1` at once
     num_prompt_tokens: int = 0  # of all tokens of the request
     past: PastTokens | None = None  # set if sampling.looks_back; by reference, so it is read before the step's update()
+    grammar: Grammar | None = None  # set if sampling.grammar; by reference too
 
     @property
     def choices(self) -> range:

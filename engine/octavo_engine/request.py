@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from octavo_engine.past import PastTokens
 
 if TYPE_CHECKING:
+    from octavo_engine.grammar import Grammar
     from octavo_engine.messages import FinishReason
     from octavo_engine.plan import SamplingParams
 
@@ -53,6 +54,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # names of the first blocks in the prefix cache, so far
     num_offered_tokens: int = 0  # tokens in full blocks that were offered to the prefix cache since the last admission
     num_cached_tokens: int | None = None  # prompt tokens that it had when this was first admitted; None: not yet
+    grammar: Grammar | None = None  # where the answer is in what it keeps to
     past: PastTokens | None = field(init=False)  # what the sampler must know of token_ids, if anything
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ class Request:
                 block_hashes=list(self.block_hashes),
                 num_offered_tokens=self.num_offered_tokens,
                 num_cached_tokens=self.num_cached_tokens,
+                grammar=None if self.grammar is None else self.grammar.fork(),
             )
             for choice in range(self.choice + 1, self.choice + num_choices)
         ]
@@ -106,4 +109,6 @@ class Request:
             return "stop"
         if len(self.token_ids) >= self.max_num_tokens:
             return "length"
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
         return None

@@ -2,8 +2,9 @@
 
 It knows logits, sampling parameters and which tokens a request has had; nothing of models.
 
-Order of the rules (vLLM's): min_tokens and logit_bias, then penalties, on the logits; greedy rows take the highest. For
-the others temperature, min-p, top-k, top-p, each on what the one before left. Of equal tokens the lower id comes first.
+Order of the rules (vLLM's, but for grammars, which come first there): min_tokens and logit_bias, then penalties, then
+grammars, on the logits; greedy rows take the highest. For the others temperature, min-p, top-k, top-p, each on what the
+one before left. Of equal tokens the lower id comes first.
 Logprobs are those of the model's own distribution, before any rule (vLLM's `raw_logprobs`, its default).
 
 A random number depends on seed, position and choice (which of n answers) only, never on the batch. With top-k a draw
@@ -26,11 +27,13 @@ import numpy as np
 import torch
 
 from octavo_engine import vocabulary
+from octavo_engine.errors import GenerationFailed
 from octavo_engine.plan import RequestResult, TokenLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from octavo_engine.grammar import Grammar
     from octavo_engine.past import PastTokens
     from octavo_engine.plan import SamplingParams, ScheduledRequest
 
@@ -46,6 +49,7 @@ class Draw:
     sampling: SamplingParams
     source: str  # what its random numbers are made from, besides the round
     past: PastTokens | None = None  # set if sampling.looks_back
+    grammar: Grammar | None = None  # that the answer keeps to
 
     @property
     def is_greedy(self) -> bool:
@@ -63,7 +67,7 @@ def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Dr
     sampling = request.sampling
     seed = str(sampling.seed) if sampling.seed is not None else f"{engine_seed}/{request.request_id}"
     position = request.num_computed_tokens + len(request.token_ids)
-    return Draw(sampling, f"{seed}#{choice}@{position}", request.past)
+    return Draw(sampling, f"{seed}#{choice}@{position}", request.past, request.grammar)
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
@@ -83,6 +87,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
     raw = logits[asking]
     _apply_bias(logits, draws)
     _apply_penalties(logits, draws)
+    failures = _apply_grammars(logits, draws)
 
     block_highest = vocabulary.highest_of_blocks(logits)
     is_finite = block_highest.amax(dim=1).isfinite().tolist()  # NaN counts as the highest
@@ -107,7 +112,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
     return [
         RequestResult(token_id=chosen[row], logprobs=logprobs.get(row))
         if is_finite[row]
-        else RequestResult(error="the model computed NaN or infinite logits")
+        else RequestResult(error=failures.get(row, "the model computed NaN or infinite logits"))
         for row in range(len(draws))
     ]
 
@@ -146,6 +151,26 @@ def _apply_penalties(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
         index, (factors, deductions) = entries.index(logits), entries.columns(logits)
         values = logits[index]
         logits[index] = torch.where(values > 0, values / factors, values * factors) - deductions
+
+
+def _apply_grammars(logits: torch.Tensor, draws: Sequence[Draw]) -> dict[int, str]:
+    """Forbid what no grammar has next; in place. Return the rows that cannot go on, and why; all is forbidden there."""
+    failures: dict[int, str] = {}
+    grammars = [(row, draw.grammar) for row, draw in enumerate(draws) if draw.grammar is not None]
+    if not grammars:
+        return failures
+    masks = np.zeros((len(grammars), -(-logits.shape[1] // 8)), dtype=np.uint8)
+    for place, (row, grammar) in enumerate(grammars):
+        try:
+            mask = grammar.mask()[: masks.shape[1]]
+            masks[place, : len(mask)] = mask
+        except GenerationFailed as error:
+            failures[row] = str(error)
+    allowed = np.unpackbits(masks, axis=1, count=logits.shape[1], bitorder="little")
+    forbidden = torch.from_numpy(allowed == 0).to(logits.device)
+    rows = [row for row, _ in grammars]
+    logits[rows] = _rows(logits, rows).masked_fill(forbidden, -torch.inf)
+    return failures
 
 
 class _Entries:

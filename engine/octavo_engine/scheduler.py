@@ -52,6 +52,7 @@ from octavo_engine.plan import ScheduledRequest, StepPlan
 from octavo_engine.request import Request, RequestStatus
 
 if TYPE_CHECKING:
+    from octavo_engine.grammar import Grammar
     from octavo_engine.messages import AddRequest, FinishReason
     from octavo_engine.plan import RequestResult, StepResult
 
@@ -111,8 +112,8 @@ class Scheduler:
         """Whether anything is running or waiting: then schedule() has work."""
         return bool(self._requests)
 
-    def add(self, message: AddRequest) -> None:
-        """Queue a request.
+    def add(self, message: AddRequest, grammar: Grammar | None = None) -> None:
+        """Queue a request, whose answers keep to `grammar` if there is one.
 
         Raises:
             RequestInvalid: the prompt is empty or leaves no room for a single token of output, or more answers are
@@ -144,6 +145,7 @@ class Scheduler:
             sampling=sampling,
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
             max_num_tokens=min(num_prompt_tokens + sampling.max_tokens, self._max_model_len),
+            grammar=grammar,
         )
         self._num_added += 1
         self._requests[request.request_id] = [request]
@@ -401,4 +403,5 @@ def _share(request: Request, token_ids: tuple[int, ...], needs_token: bool) -> S
         request.num_choices,
         request.num_prompt_tokens,
         request.past,
+        request.grammar,
     )

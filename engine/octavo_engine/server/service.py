@@ -21,6 +21,7 @@ from octavo_engine.errors import EngineDead, GenerationFailed, NotServing, Reque
 from octavo_engine.generation import LanguageModel, TextModel
 from octavo_engine.server.metrics import FinishedReason, Metrics
 from octavo_engine.store.pull import pull
+from octavo_engine.structured.checker import GrammarChecker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from octavo_engine.generation import GenerationRequest
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
+    from octavo_engine.structured.checker import Wanted
 
     Admit = Callable[[int], None]  # raises NotServing
 
@@ -71,6 +73,7 @@ class Service:
         self._starting = Readiness("Starting", reason="the server is starting")
         self._client: EngineClient | None = None
         self._model: LanguageModel | None = None
+        self._grammars = GrammarChecker(config.engine.tokenizer or location.path)
         self.num_in_flight = 0
         self.num_admitted = 0  # requests for generation among them
         self._idle = asyncio.Event()
@@ -208,6 +211,14 @@ class Service:
                 retry_after=RETRY_SECONDS,
             )
 
+    async def grammar(self, wanted: Wanted | None) -> str | None:
+        """Return what the engine takes for what an answer shall keep to; None: nothing.
+
+        Raises:
+            RequestInvalid: it cannot be kept to, or costs too much.
+        """
+        return None if wanted is None else await self._grammars.check(wanted)
+
     async def generate(self, model: LanguageModel, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
         """As LanguageModel.generate, counted and logged."""
         clock = asyncio.get_running_loop().time
@@ -254,6 +265,7 @@ class Service:
 
     async def close(self) -> None:
         """End the engine process; requests that still run are told so."""
+        await self._grammars.close()
         if self._client is not None:
             await self._client.close()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,3 +86,38 @@ async def test_eight_at_a_time_are_all_answered_in_one_running_batch(served: Ser
         watching.cancel()
     assert all(completion.usage is not None and completion.usage.completion_tokens > 0 for completion in completions)
     assert max(running) > 1
+
+
+def test_answers_keep_to_a_schema_greedy_and_drawn_streamed_and_whole(served: ServedModel) -> None:
+    class City(BaseModel):
+        name: str = Field(max_length=20)
+        country: Literal["France", "Spain"]
+        population: int = Field(ge=0, le=99_999_999)
+
+    question: list[ChatCompletionMessageParam] = [
+        {"role": "user", "content": "Tell me of Paris as JSON with name, country and population."}
+    ]
+    with served.sync_client() as client:
+        for temperature in (0.0, 1.0):
+            parsed = client.chat.completions.parse(
+                model="smollm2",
+                messages=question,
+                response_format=City,
+                temperature=temperature,
+                max_tokens=120,
+                seed=1,
+            )
+            assert parsed.choices[0].finish_reason == "stop"
+            assert parsed.choices[0].message.parsed is not None
+        stream = client.chat.completions.create(
+            model="smollm2",
+            messages=question,
+            temperature=0,
+            max_tokens=20,
+            stream=True,
+            extra_body={"structured_outputs": {"choice": ["It is in France.", "It is in Spain."]}},
+        )
+        chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text in {"It is in France.", "It is in Spain."}
+    assert chunks[-1].choices[0].finish_reason == "stop"

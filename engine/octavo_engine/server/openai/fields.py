@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from octavo_engine.server.body import Neutral
 
 _BEAM: Final = "this server samples; ask for several answers by n"
+_GUIDED: Final = 'use structured_outputs: {{"{}": ...}}'
 _RAW_PROMPT: Final = "render the prompt yourself and send it to /v1/completions"
 
 # Fields that SDKs and frameworks send, at the values at which they ask for nothing.
 NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "add_special_tokens": only(instead="the chat template alone writes control tokens; " + _RAW_PROMPT),
-    "allowed_token_ids": only(),
+    "allowed_token_ids": only(instead="structured_outputs says what an answer may be"),
     "audio": only(),
     "bad_words": only([], instead="give their tokens a bias of -100 in logit_bias"),
     "best_of": only(1, instead="ask for n answers and choose among them by logprobs"),
@@ -30,6 +31,12 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "documents": only([], instead="put them into a message"),
     "function_call": only("none", "auto"),
     "functions": only([]),
+    "guided_choice": only(instead=_GUIDED.format("choice")),
+    "guided_decoding_backend": only(),
+    "guided_grammar": only(instead=_GUIDED.format("grammar")),
+    "guided_json": only(instead=_GUIDED.format("json")),
+    "guided_regex": only(instead=_GUIDED.format("regex")),
+    "guided_whitespace_pattern": only(),
     "include_reasoning": only(True),
     "kv_transfer_params": only(),
     "length_penalty": only(1, instead=_BEAM),
@@ -49,13 +56,12 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "prompt_logprobs": only(instead="logprobs tells those of the answer"),
     "reasoning_effort": only("none"),
     "repetition_detection": only(),
-    "response_format": only({"type": "text"}),
     "return_token_ids": only(False, instead="logprobs with return_tokens_as_token_ids tells the ids"),
     "safety_identifier": of_kind(str),
     "service_tier": only("auto", "default"),
     "spaces_between_special_tokens": of_kind(bool),
     "store": only(False, instead="nothing is stored here"),
-    "structured_outputs": only(),
+    "structural_tag": only(instead="use structured_outputs"),
     "suffix": only("", instead="write the prompt with the model's own tokens for filling in the middle"),
     "thinking_token_budget": only(),
     "tool_choice": only("none", "auto"),

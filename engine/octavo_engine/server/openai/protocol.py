@@ -15,6 +15,8 @@ from octavo_engine.errors import RequestInvalid
 from octavo_engine.plan import SamplingParams
 from octavo_engine.server.body import Strict, Text, refuse_surrogates, without_neutral
 from octavo_engine.server.openai.fields import NEUTRAL_FIELDS, NEUTRAL_MESSAGE_FIELDS
+from octavo_engine.server.openai.structured import ResponseFormat, StructuredOutputs
+from octavo_engine.structured.checker import Wanted
 
 _COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's and vLLM's default for /v1/completions
 
@@ -117,6 +119,8 @@ class _GenerationBody(Strict):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None  # False: control tokens are part of the text
     return_tokens_as_token_ids: bool | None = None  # in logprobs, tokens are written as token_id:ID
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # a part of the response's id
 
     @model_validator(mode="before")
@@ -129,6 +133,24 @@ class _GenerationBody(Strict):
         if self.stream_options is not None and not self.stream:
             raise RequestInvalid("stream_options needs stream: true", param="stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _check_structure(self) -> Self:
+        if self.wanted_output is not None:
+            param = "response_format" if self.structured_outputs is None else "structured_outputs"
+            if self.structured_outputs is not None and self.response_format is not None:
+                raise RequestInvalid("give response_format or structured_outputs, not both", param=param)
+            for name in ("min_tokens", "ignore_eos"):
+                if getattr(self, name):
+                    raise RequestInvalid(f"{param} says when the answer ends; leave out {name}", param=name)
+        return self
+
+    @property
+    def wanted_output(self) -> Wanted | None:
+        """What the answers keep to; None: nothing."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.wanted()
+        return self.response_format.wanted() if self.response_format is not None else None
 
     @property
     def include_usage(self) -> bool:
@@ -145,8 +167,8 @@ class _GenerationBody(Strict):
         """How many of the most likely tokens to tell with the logprob of each token; None: no logprobs at all."""
         raise NotImplementedError
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """Return how the engine chooses tokens."""
+    def sampling(self, max_tokens: int, grammar: str | None) -> SamplingParams:
+        """Return how the engine chooses tokens; `grammar` is what it takes `wanted_output` for."""
         if (self.min_tokens or 0) > max_tokens:
             raise RequestInvalid(
                 f"min_tokens asks for {str(self.min_tokens)[:20]} tokens and at most {max_tokens} are generated; "
@@ -168,6 +190,7 @@ class _GenerationBody(Strict):
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            grammar=grammar,
         )
 
 

@@ -36,7 +36,8 @@ async def create_chat_completion(
     reply = ChatReply(
         _shown_id(body, request_id), int(time.time()), body.model, as_ids=bool(body.return_tokens_as_token_ids)
     )
-    deltas = service.generate(model, _generation(model, body, request_id, prompt, max_tokens))
+    grammar = await service.grammar(body.wanted_output)
+    deltas = service.generate(model, _generation(model, body, request_id, prompt, max_tokens, grammar=grammar))
     return await answer(request, body, [deltas], reply, len(prompt))
 
 
@@ -54,11 +55,12 @@ async def create_completion(
             param="prompt",
         )
     request_id = f"cmpl-{uuid.uuid4().hex}"
+    grammar = await service.grammar(body.wanted_output)
     generations = []
     for place, text in enumerate(body.prompt):
         prompt = await model.encode_prompt(text)
         max_tokens = model.resolve_max_tokens(len(prompt), body.max_tokens, "max_tokens")
-        generations.append(_generation(model, body, f"{request_id}-{place}", prompt, max_tokens))
+        generations.append(_generation(model, body, f"{request_id}-{place}", prompt, max_tokens, grammar=grammar))
     admit(len(generations) - 1)
     texts = [one if isinstance(one, str) else model.text_of(one) for one in body.prompt] if body.echo else []
     reply = CompletionReply(
@@ -108,13 +110,15 @@ def _generation(
     request_id: str,
     prompt: list[int],
     max_tokens: int,
+    *,
+    grammar: str | None,
 ) -> GenerationRequest:
     model.check_token_ids(body.stop_token_ids or (), "stop_token_ids")
     model.check_token_ids(tuple(body.logit_bias or ()), "logit_bias")
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
-        sampling=body.sampling(max_tokens),
+        sampling=body.sampling(max_tokens, grammar),
         stop=body.stop or (),
         include_stop=bool(body.include_stop_str_in_output),
         num_choices=body.n or 1,
