@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from tests.engine.scheduling.conftest import NUM_TOKEN_IDS, Engine, name
 
 from octavo_engine.plan import SamplingParams
 
-SHARED = tuple(3 + i * i % 17 for i in range(60))  # many prompts begin like this
+MIN_STEPS = 10_000
+SHARED = tuple(3 + i * i % 17 for i in range(60))  # many prompts begin like this, others like one of the last requests
+NUM_RECENT = 4
 
 
 class AnyTrafficOnAnyPool(RuleBasedStateMachine):
     """The runner checks after every step that each request reads its own KV; here, that each gets its own tokens."""
 
+    num_steps: ClassVar[int] = 0  # in all examples
+
     @initialize(
-        num_blocks=st.integers(2, 12),
-        block_size=st.integers(1, 4),
+        num_blocks=st.integers(2, 24),
+        block_size=st.sampled_from([1, 1, 2, 3, 4]),
         max_num_seqs=st.integers(1, 5),
-        num_spare_tokens=st.integers(0, 12),
+        num_spare_tokens=st.sampled_from([0, 0, 1, 4, 12]),
         enable_prefix_caching=st.sampled_from([True, True, False]),
     )
     def start(
@@ -42,7 +55,8 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         )
         self.num_added = 0
         self.longest: dict[str, int] = {}  # living choices: most tokens that each can have
-        self.cut_short: set[str] = set()  # aborted, or made to fail
+        self.cut_short: set[str] = set()  # made to fail
+        self.aborted: dict[str, tuple[int, ...]] = {}  # what each had got when it was aborted
 
     @rule(
         data=st.data(),
@@ -51,6 +65,9 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, -1, 7]),
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (), (7,)]),
+        longest=st.sampled_from([3, 8, 100]),
+        is_alike=st.booleans(),
+        fails=st.sampled_from([False, False, False, False, True]),
     )
     def add(
         self,
@@ -61,12 +78,17 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         priority: int,
         ignore_eos: bool,
         stop_token_ids: tuple[int, ...],
+        longest: int,
+        is_alike: bool,
+        fails: bool,
     ) -> None:
-        """Add any request that is not refused."""
-        num_prompt_tokens = data.draw(st.integers(1, self.engine.max_model_len - 1))
-        num_shared = data.draw(st.integers(0, num_prompt_tokens))
+        """Add any request that is not refused; with `fails`, one whose KV and logits are NaN from the beginning."""
+        longest = min(longest, self.engine.max_model_len - 1)
+        num_prompt_tokens = data.draw(st.integers(1, longest))
+        num_shared = num_prompt_tokens if is_alike else data.draw(st.integers(0, num_prompt_tokens))
+        shared = data.draw(st.sampled_from([SHARED, *list(self.engine.runner.sequences.values())[-NUM_RECENT:]]))
         own = st.lists(st.integers(0, NUM_TOKEN_IDS - 1), min_size=1, max_size=3)
-        prompt = SHARED[:num_shared] + tuple(data.draw(own)) * num_prompt_tokens
+        prompt = shared[:num_shared] + tuple(data.draw(own)) * num_prompt_tokens
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids)
         request_id = f"r{self.num_added}"
         self.num_added += 1
@@ -76,6 +98,8 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         )
         for choice in range(num_choices):
             self.longest[name(request_id, choice)] = num_prompt_tokens + max_tokens
+        if fails:
+            self.let_fail(request_id)
 
     @precondition(lambda self: self.longest)
     @rule(data=st.data(), whole=st.booleans())
@@ -85,15 +109,18 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         request_id, _, choice = key.partition("#")
         ended = [key] if not whole and self.engine.outputs[key] else self.living(request_id)
         self.engine.scheduler.abort(request_id, int(choice or 0) if ended == [key] else None)
-        self.cut_short.update(ended)
         for key in ended:
+            self.aborted[key] = self.engine.outputs[key]
             del self.longest[key]
 
     @precondition(lambda self: self.longest)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         """Let all that any living request computes from now on be NaN."""
-        request_id = data.draw(st.sampled_from(sorted(self.longest))).partition("#")[0]
+        self.let_fail(data.draw(st.sampled_from(sorted(self.longest))).partition("#")[0])
+
+    def let_fail(self, request_id: str) -> None:
+        """Spoil what a request computes from now on."""
         self.engine.runner.failing.add(request_id)
         self.cut_short.update(self.living(request_id))
 
@@ -108,11 +135,14 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
             self.step()
 
     def step(self) -> None:
-        """One step, in which the first of the running requests always gets on."""
-        running = self.engine.scheduler._running
-        first = name(running[0].request_id, running[0].choice) if running else None
+        """One step, in which the first of the running requests always gets on, or one before it that it let in."""
+        scheduler = self.engine.scheduler
+        first, waiting = scheduler._running[:1], list(scheduler._waiting)
         step = self.engine.step()
-        assert first in {None, *step}
+        for request in first:
+            before = [request, *(other for other in waiting if other.order < request.order)]
+            assert any(name(other.request_id, other.choice) in step for other in before)
+        type(self).num_steps += 1
         self.longest = {key: n for key, n in self.longest.items() if key not in self.engine.finished}
 
     @invariant()
@@ -130,11 +160,19 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         stats = self.engine.scheduler.stats()
         assert (stats.num_used_blocks, stats.num_used_slots) == (0, 0)
         for key, (output, finish_reason) in self.engine.alone.items():
-            if key in self.cut_short:
-                assert self.engine.outputs[key] == output[: len(self.engine.outputs[key])]
+            told = self.engine.outputs[key]
+            if key in self.aborted:
+                assert told == self.aborted[key] == output[: len(told)]
+                assert key not in self.engine.finished
+            elif key in self.cut_short:
+                assert told == output[: len(told)]
             else:
-                assert (self.engine.outputs[key], self.engine.finished[key]) == (output, finish_reason)
+                assert (told, self.engine.finished[key]) == (output, finish_reason)
 
 
-AnyTrafficOnAnyPool.TestCase.settings = settings(max_examples=330, stateful_step_count=40, deadline=None)
-test_any_traffic_on_any_pool_gives_each_request_what_it_would_get_alone = AnyTrafficOnAnyPool.TestCase
+def test_any_traffic_on_any_pool_gives_each_request_what_it_would_get_alone() -> None:
+    AnyTrafficOnAnyPool.num_steps = 0
+    run_state_machine_as_test(
+        AnyTrafficOnAnyPool, settings=settings(max_examples=330, stateful_step_count=40, deadline=None)
+    )
+    assert AnyTrafficOnAnyPool.num_steps >= MIN_STEPS
