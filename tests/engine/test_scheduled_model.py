@@ -14,6 +14,8 @@ from octavo_engine.runner import load_runner
 from octavo_engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from octavo_engine.messages import SchedulerStats
     from octavo_engine.plan import Runner
 
@@ -81,3 +83,30 @@ def test_preempted_forked_and_found_requests_get_what_each_gets_alone(runner: Ru
     assert num_copies > 0
     assert len(alone) == 12
     assert tokens == alone
+
+
+@pytest.mark.model
+def test_deterministic_gives_a_seeded_request_the_same_tokens_alone_and_in_company(smollm2_path: Path) -> None:
+    config = EngineConfig(
+        model=smollm2_path,
+        served_model_names=("smollm2",),
+        device="cpu",
+        deterministic=True,
+        block_size=BLOCK_SIZE,
+        max_model_len=120,
+        kv_cache_memory_bytes=2**26,
+    )
+    runner = load_runner(config, lambda *_: None).runner
+    watched, *others = (
+        AddRequest(
+            request_id=f"r{number}",
+            prompt_token_ids=tuple(1000 + 37 * (number + 1) * place % 40_000 for place in range(30 + number)),
+            sampling=SamplingParams(max_tokens=20, temperature=1.0, top_p=0.95, seed=number, ignore_eos=True),
+        )
+        for number in range(9)
+    )
+    alone, _, _ = run(runner, [watched])
+    together, stats, _ = run(runner, [*others[:4], watched, *others[4:]], num_blocks=40)
+    assert stats.num_preemptions > 0
+    assert together["r0", 0] == alone["r0", 0]
+    assert len({tuple(tokens) for tokens in together.values()}) == len(together)
