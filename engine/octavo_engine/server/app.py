@@ -28,6 +28,8 @@ _MAX_DISCARDED_BYTES: Final = 8 * MAX_BODY_BYTES
 MAX_CONNECTION_SECONDS: Final = 300.0  # then its client connects anew, and may find another replica less busy
 CONNECTED_AT: Final = "connected_at"  # in the scope's state: when the connection was made, monotonic seconds
 
+_UNCOUNTED: Final = OPEN_PATHS | {"/load"}  # what is asked every few seconds would bury the rest
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -61,7 +63,10 @@ def create_app(service: Service) -> FastAPI:
 
 
 class _EveryRequest:
-    """X-Request-Id on every response, the client's where it sent one; an end to large bodies and old connections."""
+    """X-Request-Id on every response, the client's where it sent one; an end to large bodies and old connections.
+
+    Counts each response by its route, method and status.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -73,11 +78,15 @@ class _EveryRequest:
             return
         sent = Headers(scope=scope).get("X-Request-Id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
-        connected_at = scope.get("state", {}).get(CONNECTED_AT, time.monotonic())
+        began = time.monotonic()
+        connected_at = scope.get("state", {}).get(CONNECTED_AT, began)
         receive = _bounded(receive)
+        status = 500  # of what fails before it answers
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 # The next request would be refused here, or is better made on a new connection.
@@ -85,16 +94,29 @@ class _EveryRequest:
                     headers["Connection"] = "close"
             await send(message)
 
+        try:
+            await self._answer(scope, receive, send_with_headers)
+        finally:
+            self._count(scope, status, time.monotonic() - began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._service.draining:
             # Requests that began before are let through, whatever they have still to pass. Probes are always answered.
             if scope["method"] == "POST":
                 refusal = envelope.respond(self._service.refusal_while_draining(), scope["path"])
-                await refusal(scope, receive, send_with_headers)
+                await refusal(scope, receive, send)
             else:
-                await self._app(scope, receive, send_with_headers)
+                await self._app(scope, receive, send)
             return
         with self._service.in_flight():
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive, send)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        handler = getattr(scope.get("route"), "path", "none")  # the route's, with names for its parts
+        if handler in _UNCOUNTED:
+            return
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._service.metrics.on_response(handler=handler, method=method, status=status, seconds=seconds)
 
 
 def _bounded(receive: Receive) -> Receive:

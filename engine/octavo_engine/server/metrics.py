@@ -34,6 +34,7 @@ _REQUEST_BUCKETS: Final = (
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # seconds
 _TOKEN_BUCKETS: Final = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_HTTP_BUCKETS: Final = (0.1, 0.5, 1.0)  # seconds
 _STEP_TOKEN_BUCKETS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # fmt: on
 
@@ -117,6 +118,20 @@ class Metrics:
         self._rejections = {
             reason: rejections.labels(model_name=model_name, reason=reason) for reason in get_args(RejectionReason)
         }
+        # Those of prometheus-fastapi-instrumentator, which vLLM serves beside its own.
+        self._http_requests = Counter(
+            "http_requests",
+            "Answers by route and class of status.",
+            ["handler", "method", "status"],
+            registry=self._registry,
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From a request's head to the last byte of its answer.",
+            ["handler", "method"],
+            buckets=_HTTP_BUCKETS,
+            registry=self._registry,
+        )
         self._num_preemptions_seen = 0
         self._num_prefix_queries_seen = 0
         self._num_prefix_hits_seen = 0
@@ -169,6 +184,11 @@ class Metrics:
     def on_rejected(self, reason: RejectionReason) -> None:
         """A request for generation was not let in."""
         self._rejections[reason].inc()
+
+    def on_response(self, *, handler: str, method: str, status: int, seconds: float) -> None:
+        """A request was answered. `handler` and `method` are out of small sets, whatever clients send."""
+        self._http_requests.labels(handler=handler, method=method, status=f"{status // 100}xx").inc()
+        self._http_seconds.labels(handler=handler, method=method).observe(seconds)
 
     def on_ready(self, facts: EngineFacts) -> None:
         """The engine is ready; its cache has these dimensions from now on."""

@@ -19,11 +19,11 @@ FACTS = EngineFacts(
 
 
 def values_of(text: str) -> dict[str, float]:
-    """Every sample as name{labels} with the labels that all have left out."""
+    """Every sample of the engine as name{labels} with the labels that all have left out."""
     values = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name.endswith("_created"):
+            if sample.name.endswith("_created") or sample.name.startswith("http_"):
                 continue
             labels = sample.labels.copy()
             assert (labels.pop("model_name"), labels.pop("engine", "0")) == ("fake", "0")
@@ -65,6 +65,8 @@ async def test_the_metrics_are_vllms_by_name_and_type(ready: httpx.AsyncClient) 
         "vllm:admission_rejections": "counter",
         "vllm:cache_config_info": "gauge",
         "octavo:kv_cache_waste_perc": "gauge",
+        "http_requests": "counter",
+        "http_request_duration_seconds": "histogram",
     }
 
 
@@ -95,6 +97,39 @@ async def test_a_request_is_counted_to_the_token(ready: httpx.AsyncClient, event
     assert values["vllm:request_success_total{finished_reason=abort}"] == 0
     assert values["vllm:cache_config_info{block_size=4,cache_dtype=float16,num_gpu_blocks=1000}"] == 1
     assert values["vllm:kv_cache_usage_perc"] == 0
+
+
+async def test_answers_are_counted_by_route_method_and_class_of_status_and_probes_are_not(
+    ready: httpx.AsyncClient, eventually: Eventually
+) -> None:
+    for model in ("fake", "other"):
+        await ready.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 1})
+    for number in range(3):  # whatever clients ask for, there are no more series than routes
+        await ready.get(f"/no/such/{number}")
+        await ready.get(f"/v1/models/{number}")
+        await ready.request(f"FOO{number}", "/v1/models")
+
+    async def counts() -> dict[tuple[str, ...], float]:
+        families = {
+            family.name: family for family in text_string_to_metric_families((await ready.get("/metrics")).text)
+        }
+        return {
+            (sample.labels["handler"], sample.labels["method"], sample.labels["status"]): sample.value
+            for sample in families["http_requests"].samples
+            if sample.name == "http_requests_total"
+        }
+
+    async def all_are_counted() -> bool:  # when the last byte has left, which the client may see before
+        return sum((await counts()).values()) == 11
+
+    await eventually(all_are_counted)
+    assert await counts() == {
+        ("/v1/completions", "POST", "2xx"): 1,
+        ("/v1/completions", "POST", "4xx"): 1,
+        ("none", "GET", "4xx"): 3,
+        ("/v1/models/{name:path}", "GET", "4xx"): 3,
+        ("/v1/models", "other", "4xx"): 3,
+    }
 
 
 def test_waste_is_the_share_of_slots_that_blocks_hold_and_no_token_needs() -> None:
