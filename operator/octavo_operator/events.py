@@ -16,7 +16,7 @@ from octavo_operator import names
 from octavo_operator.decide import Plan
 from octavo_operator.errors import ApiError
 from octavo_operator.kube import Kube
-from octavo_operator.resources import EVENT, Json
+from octavo_operator.resources import CONTROLLER_REVISION, EVENT, Json
 from octavo_operator.status import condition
 
 NOTE_LIMIT: Final = 1024  # bytes; the API server refuses longer notes
@@ -35,9 +35,13 @@ class Event:
 
 
 def of_plan(plan: Plan, created: Iterable[Json]) -> list[Event]:
-    """Tell which children were made and which were removed, an event for each of the two."""
-    made = ", ".join(f"{child['kind']} {child['metadata']['name']}" for child in created)
-    removed = ", ".join(f"{child.kind} {child.name}" for child in plan.delete)
+    """Tell which children were made and which were removed, an event for each of the two.
+
+    ControllerRevisions are the operator's own books and no news.
+    """
+    books = CONTROLLER_REVISION.kind
+    made = ", ".join(f"{child['kind']} {child['metadata']['name']}" for child in created if child["kind"] != books)
+    removed = ", ".join(f"{child.kind} {child.name}" for child in plan.delete if child.kind != books)
     happened = [Event("Normal", "Created", "Apply", f"created {made}")] if made else []
     return [*happened, Event("Normal", "Deleted", "Delete", f"deleted {removed}")] if removed else happened
 

@@ -29,7 +29,7 @@ from octavo_operator.kube import Kube
 from octavo_operator.observe import Child, Observed, hindrance
 from octavo_operator.queue import WorkQueue
 from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, Json, Key
-from octavo_operator.rollout import choose_order, freeze
+from octavo_operator.rollout import choose_order, freeze, keeps_count
 from octavo_operator.settings import Settings
 
 WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server
@@ -143,9 +143,14 @@ class Reconciler:
 
     async def _reconcile_valid(self, key: Key, body: Json, service: InferenceService) -> float | None:
         now = datetime.now(UTC)
-        order = choose_order(service, self._caches.observed(key), now)
+        seen = self._caches.observed(key)
+        order = choose_order(service, seen, now)
         desired = children(
-            service, engine_image=self._settings.engine_image, offered=self._caches.offered, ends_first=order.ends_first
+            service,
+            engine_image=self._settings.engine_image,
+            offered=self._caches.offered,
+            ends_first=order.ends_first,
+            keep_count=keeps_count(seen, service.name),
         )
         found = await self._observe(key, desired)
         frozen = freeze(service, desired, found)

@@ -78,6 +78,17 @@ def _waited(pod: Pod, now: datetime) -> float:
     return (now - since).total_seconds()
 
 
+def keeps_count(observed: Observed, name: str) -> bool:
+    """Whether the number of pods of the service `name` is somebody else's: that of an autoscaler, now or before.
+
+    So a service whose autoscaling is switched off stays as large as it is until its spec gives a number.
+    """
+    deployment = observed.child(DEPLOYMENT.kind, names.deployment(name))
+    if deployment is None or deployment.owned_fields is None:
+        return False
+    return "f:replicas" not in json.loads(deployment.owned_fields).get("f:spec", {})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
     """The manifests with the pod template that is to be applied."""

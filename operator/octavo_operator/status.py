@@ -1,19 +1,20 @@
 """What to tell: the status of an InferenceService, from what is observed. Pure; called by reconcile.py on every pass.
 
-Four conditions, each there at all times, each rebuilt from scratch on every pass, so that none outlives
+Five conditions, each there at all times but the last, each rebuilt from scratch on every pass, so that none outlives
 its cause:
 
     Ready        True: all that was asked for serves. False: something is broken, and it says what. Unknown: on its way.
     Available    True: at least one pod serves. False: none does.
     Progressing  False: there is no progress until somebody acts. True: it goes on, or is there.
     UpdateAvailable  True: this operator would make other pods than those that are there, and leaves them; rollout.py.
+    Autoscaling  True: the number of replicas follows the load. Only for services with an autoscaler; scaling.py.
 
 Messages are a function of the state alone, without clocks and counters that only grow: otherwise the steady state of a
 broken service would be a stream of writes.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -26,8 +27,9 @@ from octavo_operator.errors import ApiError, Forbidden
 from octavo_operator.observe import Child, Observed, Pod
 from octavo_operator.resources import DEPLOYMENT, Json
 from octavo_operator.rollout import Frozen, Order
+from octavo_operator.scaling import Told, autoscaling
 
-CONDITION_TYPES: Final = ("Ready", "Available", "Progressing", "UpdateAvailable")
+CONDITION_TYPES: Final = ("Ready", "Available", "Progressing", "UpdateAvailable", "Autoscaling")
 
 
 def build(
@@ -65,7 +67,10 @@ def build(
             finding,
             message=finding.message(f"{num_pods} of {max(wanted, num_pods)} pods"),
             serving=_sentence(serving, wanted) if serving else None,
-            update=_update_available(service, frozen),
+            more={
+                "UpdateAvailable": _update_available(service, frozen),
+                "Autoscaling": autoscaling(service, observed),
+            },
             now=now,
         ),
         "url": url(service),
@@ -92,7 +97,7 @@ def build_invalid(
         finding,
         message=finding.message(""),
         serving=_sentence(serving, replicas) if serving else None,
-        update=("Unknown", finding.reason, "what the pods should be is not known"),
+        more={"UpdateAvailable": ("Unknown", finding.reason, "what the pods should be is not known")},
         now=now,
     )
     counted = {"replicas": replicas, "readyReplicas": serving}
@@ -118,16 +123,18 @@ def _conditions(
     *,
     message: str,
     serving: str | None,
-    update: tuple[str, str, str],
+    more: Mapping[str, Told | None],
     now: datetime,
 ) -> list[Json]:
     stuck = finding.ready == "False" and finding.cause is not Cause.SUSPENDED
-    told = (
-        (finding.ready, finding.reason, message),
-        ("True", "PodsReady", serving) if serving else ("False", finding.reason, "no pod serves the model"),
-        ("False" if stuck else "True", finding.reason, message),
-        update,
-    )
+    told = {
+        "Ready": (finding.ready, finding.reason, message),
+        "Available": ("True", "PodsReady", serving)
+        if serving
+        else ("False", finding.reason, "no pod serves the model"),
+        "Progressing": ("False" if stuck else "True", finding.reason, message),
+        **{type_: each for type_, each in more.items() if each is not None},
+    }
     time = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return [
         {
@@ -138,7 +145,7 @@ def _conditions(
             "observedGeneration": generation,
             "lastTransitionTime": before["lastTransitionTime"] if before.get("status") == status else time,
         }
-        for type_, (status, reason, text) in zip(CONDITION_TYPES, told, strict=True)
+        for type_, (status, reason, text) in told.items()
         for before in [condition(previous, type_)]
     ]
 
@@ -170,10 +177,10 @@ def _counts(deployment: Child | None) -> tuple[int, int]:
 
 def _wanted(service: InferenceService, deployment: Child | None) -> int:
     """How many pods there should be now."""
-    if service.spec.autoscaling is None:
-        return 1 if service.spec.replicas is None else service.spec.replicas
+    if service.spec.replicas is not None:
+        return service.spec.replicas
     if deployment is None or deployment.replicas is None:
-        return service.spec.autoscaling.min_replicas
+        return 1 if service.spec.autoscaling is None else service.spec.autoscaling.min_replicas
     return deployment.replicas
 
 

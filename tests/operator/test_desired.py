@@ -113,6 +113,16 @@ def test_without_autoscaling_there_is_no_autoscaler_and_one_replica() -> None:
     assert manifests["Deployment"]["spec"]["replicas"] == 1
 
 
+def test_the_number_that_an_autoscaler_has_left_stays_until_the_spec_gives_one() -> None:
+    def number(**spec: Any) -> Any:
+        manifests = children(service(**spec), engine_image="octavo-engine:test", keep_count=True)
+        return next(child["spec"].get("replicas") for child in manifests if child["kind"] == "Deployment")
+
+    assert number() is None
+    assert number(replicas=2) == 2
+    assert number(replicas=0) == 0
+
+
 def test_zero_replicas_are_zero() -> None:
     assert rendered(replicas=0)["Deployment"]["spec"]["replicas"] == 0
 

@@ -289,9 +289,12 @@ def test_autoscaling_takes_the_number_of_replicas_over_and_gives_it_back(playgro
             operator.rest(reconciles=int(reconciles) + 1)
             assert playground.there("deployment")["spec"]["replicas"] == 3
         assert list(dict.fromkeys(numbers)) == ["5", "3"]
+        playground.apply()
+        eventually(lambda: playground.get("hpa") is None, "no autoscaler")
+        operator.rest(reconciles=3)
+        assert playground.there("deployment")["spec"]["replicas"] == 3
         playground.apply(replicas=4)
         eventually(lambda: playground.there("deployment")["spec"]["replicas"] == 4, "4 replicas")
-        eventually(lambda: playground.get("hpa") is None, "no autoscaler")
 
 
 def test_somebody_elses_object_is_not_touched_and_the_service_recovers_when_it_is_gone(playground: Playground) -> None:

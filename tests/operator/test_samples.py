@@ -86,6 +86,20 @@ GOOD: Final[dict[str, Document]] = {
             }
         }
     ),
+    "autoscaling at a pace of its own": service(
+        {
+            "spec": {
+                "autoscaling": {
+                    "maxReplicas": 3,
+                    "behavior": {
+                        "scaleUp": {"policies": [{"type": "Percent", "value": 100, "periodSeconds": 15}]},
+                        "scaleDown": {"stabilizationWindowSeconds": 0, "selectPolicy": "Min"},
+                    },
+                },
+                **CPU_REQUEST,
+            }
+        }
+    ),
     "quantities as numbers and in every size": service(
         {"spec": {"resources": {"requests": {"cpu": 1, "memory": "1.5Gi"}, "limits": {"cpu": "1000m", "memory": "2G"}}}}
     ),
@@ -211,6 +225,13 @@ def one_of(change: Document, field: str, values: list[str]) -> Bad:
 
 def bad_source(what: str, text: str, says: str) -> Bad:
     return bad_spec(what, source(text), "model.source", says)
+
+
+PACE: Final = "autoscaling.behavior.scaleDown"
+
+
+def paced(rules: Document) -> Document:
+    return {"autoscaling": {"maxReplicas": 3, "behavior": {"scaleDown": rules}}, **CPU_REQUEST}
 
 
 def allow(peer: Document, field: str, says: str) -> Bad:
@@ -416,6 +437,9 @@ BAD: Final = (
         "minReplicas must not be greater than maxReplicas",
     ),
     at_least({"autoscaling": {"minReplicas": 0, "maxReplicas": 3}, **CPU_REQUEST}, "autoscaling.minReplicas", 1),
+    at_most(paced({"stabilizationWindowSeconds": 3601}), f"{PACE}.stabilizationWindowSeconds", 3600),
+    at_least(paced({"policies": [{"type": "Pods", "value": 0, "periodSeconds": 1}]}), f"{PACE}.policies[0].value", 1),
+    one_of(paced({"selectPolicy": "Mean"}), f"{PACE}.selectPolicy", ["Max", "Min", "Disabled"]),
     one_of({"autoscaling": {"maxReplicas": 3, "metric": "queue"}, **CPU_REQUEST}, "autoscaling.metric", ["cpu"]),
     *(
         bad_spec(

@@ -635,3 +635,5 @@ def test_children_that_come_and_go_are_told_as_events() -> None:
         Event("Normal", "Created", "Apply", "created Service llama"),
         Event("Normal", "Deleted", "Delete", "deleted HorizontalPodAutoscaler llama"),
     ]
+    books = {"kind": "ControllerRevision", "metadata": {"name": "llama-0123456789"}}
+    assert of_plan(Plan(delete=(replace(gone, kind="ControllerRevision"),)), [books]) == []

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from octavo_cluster.apiserver import ApiServer
+from octavo_cluster.playground import eventually
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired import children
@@ -28,8 +29,10 @@ def test_what_was_stored_before_an_upgrade_is_read_and_may_be_written_after_it()
         kubectl("wait", "crd", names.CRD_NAME, "--for=condition=Established", "--timeout=30s")
         kubectl("create", f"--filename={PREVIOUS / 'samples.yaml'}")
         kubectl("apply", "--server-side", f"--filename={ROOT / 'crds'}")
-        # Both a reader's field that only the present CRD has, and a write, which is validated by the present rules.
-        kubectl("explain", "ois.spec.model.cache")
+        # The server takes a moment to serve what the present CRD has; then a write is judged by its rules.
+        eventually(
+            lambda: kubectl("explain", "ois.spec.model.cache", check=False).returncode == 0, "the present CRD served"
+        )
         kubectl("label", names.PLURAL, "--all", "upgraded=yes")
         stored = kubectl.get(names.PLURAL)["items"]
     assert sorted(each["metadata"]["name"] for each in stored) == sorted(samples)

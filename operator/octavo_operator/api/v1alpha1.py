@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, model_validator
 
 from octavo_operator import names
+from octavo_operator.api.autoscaling import AutoscalingSpec
 from octavo_operator.api.base import (
     DataKey,
     LabelValue,
@@ -88,29 +89,6 @@ class AcceleratorSpec(Model):
     def tensor_parallel_size(self) -> int:
         """The number of ranks that share the model."""
         return self.count or 1
-
-
-class AutoscalingSpec(Model):
-    """How the number of replicas follows the load."""
-
-    rules: ClassVar = (
-        Rule(
-            cel="self.minReplicas <= self.maxReplicas",
-            holds=lambda it: it.min_replicas <= it.max_replicas,
-            message="minReplicas must not be greater than maxReplicas",
-        ),
-    )
-
-    min_replicas: int = Field(default=1, ge=1, le=1000, description="Never fewer replicas than this.")
-    max_replicas: int = Field(ge=1, le=1000, description="Never more replicas than this.")
-    metric: Literal["cpu"] = Field(
-        default="cpu", description="What is measured. cpu: use of CPU in percent of the CPU that the pods request."
-    )
-    target: Annotated[
-        str,
-        Field(max_length=3),
-        matches("[1-9][0-9]{0,2}", 'must be a percentage from 1 to 999 in quotes, such as "80"'),
-    ] = Field(default="80", description="The average over all pods at which the metric is held: a percentage.")
 
 
 class EngineSpec(Model):
@@ -286,7 +264,8 @@ class InferenceServiceSpec(Model):
     replicas: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         default=None,
         description="How many pods serve the model; 0 suspends the service. Default: 1, which the scale subresource "
-        "cannot see: set it before a tool scales the service. Excludes autoscaling.",
+        "cannot see: set it before a tool scales the service; or the number that an autoscaler has left. Excludes "
+        "autoscaling.",
     )
     autoscaling: AutoscalingSpec | None = Field(
         default=None, description="Lets the number of replicas follow the load. Excludes replicas."

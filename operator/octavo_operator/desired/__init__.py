@@ -22,7 +22,12 @@ from octavo_operator.resources import POD_MONITOR, SCALED_OBJECT
 
 
 def children(
-    service: InferenceService, *, engine_image: str, offered: Collection[str] = (), ends_first: bool = False
+    service: InferenceService,
+    *,
+    engine_image: str,
+    offered: Collection[str] = (),
+    ends_first: bool = False,
+    keep_count: bool = False,
 ) -> tuple[Manifest, ...]:
     """Every child that should exist, complete as the operator applies it. A kind that is missing should not exist.
 
@@ -34,6 +39,7 @@ def children(
         engine_image: the image for services that name none.
         offered: those of resources.OPTIONAL's kinds that the cluster has.
         ends_first: whether an old pod ends before its successor starts; see rollout.py.
+        keep_count: whether the number of pods that there are stays, where the spec gives none; see rollout.py.
     """
     cache = service.spec.model.cache
     manifests = [
@@ -41,7 +47,7 @@ def children(
         network_policy.build(service),
         *([volume_claim.build(service, cache)] if cache is not None and cache.size is not None else []),
         cluster_service.build(service),
-        deployment.build(service, engine_image=engine_image, ends_first=ends_first),
+        deployment.build(service, engine_image=engine_image, ends_first=ends_first, keep_count=keep_count),
         disruption_budget.build(service),
     ]
     if POD_MONITOR.kind in offered:

@@ -1,8 +1,17 @@
 """The HorizontalPodAutoscaler, for services that ask for one. Called by desired.children; pure."""
 
+from typing import Final
+
 from octavo_operator import names
-from octavo_operator.api.v1alpha1 import AutoscalingSpec, InferenceService
+from octavo_operator.api.autoscaling import AutoscalingSpec
+from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired.metadata import Manifest, object_meta
+
+# A replica that has loaded its model is worth keeping: one goes at a time, and none because of a short lull.
+GENTLE: Final = {
+    "stabilizationWindowSeconds": 300,
+    "policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}],
+}
 
 
 def build(service: InferenceService, autoscaling: AutoscalingSpec) -> Manifest:
@@ -24,5 +33,12 @@ def build(service: InferenceService, autoscaling: AutoscalingSpec) -> Manifest:
                     },
                 }
             ],
+            "behavior": behavior(autoscaling),
         },
     }
+
+
+def behavior(autoscaling: AutoscalingSpec) -> Manifest:
+    """How fast the number changes: as the spec says, and gently down where it says nothing."""
+    wanted = {} if autoscaling.behavior is None else autoscaling.behavior.to_dict()
+    return {**wanted, "scaleDown": {**GENTLE, **wanted.get("scaleDown", {})}}

@@ -39,18 +39,23 @@ class _Model:
     init_containers: tuple[Manifest, ...]
 
 
-def build(service: InferenceService, *, engine_image: str, ends_first: bool = False) -> Manifest:
+def build(
+    service: InferenceService, *, engine_image: str, ends_first: bool = False, keep_count: bool = False
+) -> Manifest:
     """The manifest of the Deployment.
 
     Args:
         service: the resource.
         engine_image: the image for services that name none.
         ends_first: whether an old pod ends before its successor starts; else the successor starts first.
+        keep_count: whether the number of pods that there are stays, where the spec gives none.
     """
     spec = service.spec
     replicas: Manifest = {}
-    if spec.autoscaling is None:  # else the number is the autoscaler's, and applying one would fight it
-        replicas = {"replicas": 1 if spec.replicas is None else spec.replicas}
+    if spec.replicas is not None:
+        replicas = {"replicas": spec.replicas}
+    elif spec.autoscaling is None and not keep_count:  # else it is an autoscaler's, and applying one would fight it
+        replicas = {"replicas": 1}
     rolling_update = {"maxSurge": 0, "maxUnavailable": 1} if ends_first else {"maxSurge": 1, "maxUnavailable": 0}
     manifest_spec: Manifest = {
         **replicas,

@@ -4,7 +4,9 @@ Called by desired.children; pure. KEDA makes an autoscaler of its own from it, s
 """
 
 from octavo_operator import names
-from octavo_operator.api.v1alpha1 import AutoscalingSpec, InferenceService
+from octavo_operator.api.autoscaling import AutoscalingSpec
+from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.desired.autoscaler import behavior
 from octavo_operator.desired.metadata import Manifest, object_meta
 
 
@@ -18,6 +20,7 @@ def build(service: InferenceService, autoscaling: AutoscalingSpec) -> Manifest:
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": names.deployment(service.name)},
             "minReplicaCount": autoscaling.min_replicas,
             "maxReplicaCount": autoscaling.max_replicas,
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior(autoscaling)}},
             "triggers": [
                 {"type": autoscaling.metric, "metricType": "Utilization", "metadata": {"value": autoscaling.target}}
             ],
