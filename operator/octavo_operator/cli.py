@@ -5,6 +5,8 @@ kopf, so that it answers at once.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from octavo_operator.api.base import explain
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired import children
 from octavo_operator.errors import SpecInvalid
+from octavo_operator.report import report
 from octavo_operator.resources import OPTIONAL
 
 
@@ -25,9 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the result is the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        sys.stdout.write(render(options.filename, engine_image=options.engine_image, offered=options.offered))
-    except (SpecInvalid, OSError) as error:
-        sys.stderr.write(f"kubectl octavo render: {error}\n")
+        sys.stdout.write(options.answer(options))
+    except (SpecInvalid, KubectlFailed, OSError) as error:
+        sys.stderr.write(f"kubectl octavo {options.command}: {error}\n")
         return 1
     return 0
 
@@ -37,7 +40,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="kubectl octavo", description="Looks at InferenceServices with the operator's eyes.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"kubectl-octavo {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _add_render(commands)
+    _add_status(commands)
+    return parser
+
+
+def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "render",
         help="print the objects that the operator would apply",
@@ -60,7 +69,54 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(OPTIONAL),
         help="suppose that the cluster has this kind; may be given several times",
     )
-    return parser
+    command.set_defaults(
+        answer=lambda options: render(options.filename, engine_image=options.engine_image, offered=options.offered)
+    )
+
+
+def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "status",
+        help="print all that is known of an InferenceService",
+        description="Prints what the operator tells of an InferenceService, its pods and its events.",
+        allow_abbrev=False,
+    )
+    command.add_argument("name", metavar="NAME", help="the InferenceService")
+    command.add_argument("-n", "--namespace", metavar="NAMESPACE", help="default: that of the current context")
+    command.add_argument("--context", metavar="CONTEXT", help="of the kubeconfig; default: the current one")
+    command.set_defaults(answer=lambda options: describe(options.name, options.namespace, options.context))
+
+
+class KubectlFailed(Exception):
+    """What kubectl said instead of an answer."""
+
+
+def describe(name: str, namespace: str | None, context: str | None) -> str:
+    """What a cluster has of an InferenceService, for people.
+
+    Raises:
+        KubectlFailed: there is no such service, or kubectl could not ask.
+        OSError: there is no kubectl.
+    """
+    where = [f"--context={context}"] if context is not None else []
+    service = _kubectl(
+        "get", names.PLURAL + "." + names.GROUP, name, *where, *([f"--namespace={namespace}"] if namespace else [])
+    )
+    metadata = service["metadata"]
+    where.append(f"--namespace={metadata['namespace']}")
+    pods = _kubectl("get", "pods", f"--selector={names.selector_text(name)}", *where)["items"]
+    about = f"--field-selector=involvedObject.uid={metadata['uid']}"
+    events = _kubectl("get", "events", about, "--sort-by=.metadata.creationTimestamp", *where)["items"]
+    return report(service, pods, events)
+
+
+def _kubectl(*arguments: str) -> dict[str, Any]:
+    """Ask kubectl, which knows clusters and credentials, and has called us."""
+    run = subprocess.run(["kubectl", *arguments, "--output=json"], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise KubectlFailed(run.stderr.strip())
+    answer: dict[str, Any] = json.loads(run.stdout)
+    return answer
 
 
 def render(filename: str, *, engine_image: str, offered: Collection[str] = ()) -> str:
