@@ -17,6 +17,7 @@ from octavo_engine.server import envelope, health
 from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
 from octavo_engine.server.ollama import routes as ollama
 from octavo_engine.server.openai import routes, tokens
+from octavo_engine.server.service import HTTP_REQUEST_ID
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -78,6 +79,7 @@ class _EveryRequest:
             return
         sent = Headers(scope=scope).get("X-Request-Id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        HTTP_REQUEST_ID.set(request_id)  # for the log, in every task that this one begins
         began = time.monotonic()
         connected_at = scope.get("state", {}).get(CONNECTED_AT, began)
         receive = _bounded(receive)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     Admit = Callable[[int], None]  # raises NotServing
 
+HTTP_REQUEST_ID: Final[ContextVar[str]] = ContextVar("HTTP_REQUEST_ID", default="-")  # of the request being answered
 RETRY_SECONDS: Final = 5  # what clients are told when another moment, or another replica, will do
 _DRAIN_POLL_SECONDS: Final = 0.1
 
@@ -241,12 +243,13 @@ class Service:
             seconds = clock() - started
             self.metrics.on_finished(reason, seconds)
             _log.info(
-                "%s: %s after %.2f s, %d prompt + %d generated tokens",
+                "%s: %s after %.2f s, %d prompt + %d generated tokens (X-Request-Id %s)",
                 request.request_id,
                 reason,
                 seconds,
                 len(request.prompt_token_ids),
                 sum(num_tokens.values()),
+                HTTP_REQUEST_ID.get(),
             )
 
     async def drain(self) -> None:

@@ -195,7 +195,6 @@ async def test_an_unknown_model_is_a_404_with_the_names_that_there_are(ready: ht
         ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"user": 5}, "user"),
@@ -379,6 +378,21 @@ async def test_the_request_id_of_the_client_comes_back(ready: httpx.AsyncClient)
     assert made[0] != made[1]
     too_long = await ready.get("/v1/models", headers={"X-Request-Id": "x" * 1000})
     assert len(too_long.headers["X-Request-Id"]) < 100
+
+
+async def test_the_log_of_each_generation_has_the_request_id_of_the_client(
+    ready: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "octavo_engine.server.service")
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", chat()),
+        ("/v1/chat/completions", chat(stream=True)),
+        ("/v1/completions", {"model": "fake", "prompt": ["a", "b"]}),
+    ]
+    for number, (path, body) in enumerate(bodies):
+        await ready.post(path, json=body, headers={"X-Request-Id": f"mine-{number}"})
+    lines = [record.getMessage() for record in caplog.records if "generated tokens" in record.getMessage()]
+    assert [line.split()[-1] for line in lines] == ["mine-0)", "mine-1)", "mine-2)", "mine-2)"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

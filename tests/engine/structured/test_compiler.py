@@ -182,6 +182,6 @@ def test_a_model_that_cannot_end_an_answer_keeps_to_no_grammar() -> None:
 
 
 def test_a_place_that_is_too_costly_is_found_behind_a_cheap_beginning() -> None:
-    behind = llguidance.grammar_from("regex", "a(.{1,1000}){1,1000}c(b|a.{900}){900}")
+    behind = llguidance.grammar_from("regex", "ab(.{1,1000}){1,1000}")
     with pytest.raises(RequestInvalid):
         COMPILER.try_out(behind)
