@@ -72,7 +72,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, asked: list[tuple[ScheduledRequest, int]]) -> list[RequestResult]:
         """Draw a token for each row, which is one choice of a request."""
-        return sampler.sample(logits, [sampler.draw_for(r, self._seed, choice) for r, choice in asked]) if asked else []
+        draws = [sampler.draw_for(request, self._seed, choice) for request, choice in asked]
+        return sampler.sample(logits, draws, self._steps.chooser) if asked else []
 
     def _sample_alone(self, logits: torch.Tensor, asked: tuple[ScheduledRequest, int]) -> RequestResult:
         """Draw for one row of a batch of which some row makes the sampler fail."""

@@ -13,6 +13,8 @@ excludes the token drawn, draws again from what comes before it: rejection needs
 probability of the nucleus, top_p at least.
 
 A batch pays for the rules that its rows ask for, and only for these rows: greedy ones cost one pass over the logits.
+What needs passes over the vocabulary (the highest logit, draws without top-k) a Chooser does, where there is one; torch
+does the same otherwise.
 
 Shapes: S rows, one for each token to choose; R of them that a rule concerns; V vocabulary.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +41,44 @@ if TYPE_CHECKING:
 
 _UNIFORM_BITS: Final = 52  # fewer than float64's 53, so that uniform * total never rounds up to total
 _GREEDY_BELOW: Final = 1e-5  # temperatures; vLLM's bound
+_TINY: Final = float(np.finfo(np.float32).tiny)
 _FEW: Final = 256  # more tokens than most ask top-k for
+
+
+_NO_TOKEN: Final = -1  # for a row that is not finite
+
+
+@dataclass(frozen=True, slots=True)
+class RowRules:
+    """What a Chooser shall do with each row: arrays [R]."""
+
+    inverse_temperatures: np.ndarray  # float32; 0: the most likely token
+    min_ps: np.ndarray  # float32
+    top_ps: np.ndarray  # float64
+    uniforms: np.ndarray  # float64 in [0, 1 - 2**-52]
+    bounds: np.ndarray  # int32; only what comes before this token in order; -1: all
+
+    def of(self, places: np.ndarray, uniforms: np.ndarray, bounds: np.ndarray) -> RowRules:
+        """Return those of some rows, for another attempt."""
+        return RowRules(self.inverse_temperatures[places], self.min_ps[places], self.top_ps[places], uniforms, bounds)
+
+
+class Chooser(Protocol):
+    """Chooses tokens on the CPU in passes over the vocabulary; cpu/decoder.py has one."""
+
+    def choose(self, logits: torch.Tensor, rows: np.ndarray, rules: RowRules) -> np.ndarray:
+        """Choose a token for each of some rows, each by itself.
+
+        Args:
+            logits: float32 [S, V], V a multiple of vocabulary.BLOCK.
+            rows: which of them, int32 [R].
+            rules: of these.
+
+        Returns:
+            int32 [R]: the token; -1 - token where top-p leaves it out, and another attempt is due from what comes
+            before it; -2**31 where the row is not finite.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +109,14 @@ def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Dr
     return Draw(sampling, f"{seed}#{choice}@{position}", request.past, request.grammar)
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
+def sample(logits: torch.Tensor, draws: Sequence[Draw], chooser: Chooser | None = None) -> list[RequestResult]:
     """Choose a token for each row.
 
     Args:
         logits: [S, V], any floating dtype; changed in place. -inf forbids a token; a row with NaN, +inf or nothing but
             -inf is an error.
         draws: S of them.
+        chooser: what chooses faster than torch does.
 
     Returns:
         A token for each row, or its error.
@@ -89,29 +129,25 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
     _apply_penalties(logits, draws)
     failures = _apply_grammars(logits, draws)
 
-    block_highest = vocabulary.highest_of_blocks(logits)
-    is_finite = block_highest.amax(dim=1).isfinite().tolist()  # NaN counts as the highest
-    token_ids = vocabulary.argmax(logits, block_highest)
-    random = [row for row, draw in enumerate(draws) if is_finite[row] and not draw.is_greedy]
+    random = [row for row, draw in enumerate(draws) if not draw.is_greedy]
     sorting = [row for row in random if 0 < draws[row].sampling.top_k < vocab_size]
+    drawing = sorted(set(random) - set(sorting))
+    chosen = _choose_in_torch(logits, draws, drawing) if chooser is None else _choose(chooser, logits, draws, drawing)
+    sorting = [row for row in sorting if chosen[row] != _NO_TOKEN]
     few = [row for row in sorting if draws[row].sampling.top_k <= _FEW]  # which shall not pay for what sorts many
     for rows in (few, sorted(set(sorting) - set(few))):
         if rows:
-            token_ids[rows] = _draw_from_top(_rows(logits, rows), [draws[row] for row in rows])
-    if rows := sorted(set(random) - set(sorting)):
-        token_ids[rows] = _draw_from_all(_rows(logits, rows), [draws[row] for row in rows])
+            drawn = _draw_from_top(_rows(logits, rows), [draws[row] for row in rows])
+            for row, token_id in zip(rows, drawn.tolist(), strict=True):
+                chosen[row] = token_id
 
-    chosen = token_ids.tolist()
-    logprobs = dict(
-        zip(
-            asking,
-            _logprobs(raw, [(min(draws[row].sampling.num_logprobs or 0, vocab_size), chosen[row]) for row in asking]),
-            strict=True,
-        )
-    )
+    places = [place for place, row in enumerate(asking) if chosen[row] != _NO_TOKEN]
+    asking = [asking[place] for place in places]
+    asked = [(min(draws[row].sampling.num_logprobs or 0, vocab_size), chosen[row]) for row in asking]
+    logprobs = dict(zip(asking, _logprobs(_rows(raw, places), asked), strict=True))
     return [
         RequestResult(token_id=chosen[row], logprobs=logprobs.get(row))
-        if is_finite[row]
+        if chosen[row] != _NO_TOKEN
         else RequestResult(error=failures.get(row, "the model computed NaN or infinite logits"))
         for row in range(len(draws))
     ]
@@ -210,6 +246,44 @@ class _Entries:
         return kept
 
 
+def _choose(chooser: Chooser, logits: torch.Tensor, draws: Sequence[Draw], drawing: Sequence[int]) -> list[int]:
+    """Draw for some rows without top-k, and take the most likely token for the others, or _NO_TOKEN."""
+    inverse_temperatures = np.zeros(len(draws), dtype=np.float32)
+    for row in drawing:
+        inverse_temperatures[row] = _inverse_temperature(draws[row])
+    rules = RowRules(
+        inverse_temperatures,
+        np.array([draw.sampling.min_p for draw in draws], dtype=np.float32),
+        np.array([draw.sampling.top_p for draw in draws], dtype=np.float64),
+        np.zeros(len(draws)),
+        np.full(len(draws), -1, dtype=np.int32),
+    )
+    rules.uniforms[drawing] = [draws[row].uniform(0) for row in drawing]
+    rows = np.arange(len(draws), dtype=np.int32)
+    tokens = chooser.choose(logits, rows, rules)
+    is_finite = tokens != np.iinfo(np.int32).min
+    waiting = rows[(tokens < 0) & is_finite]
+    attempt = 0
+    while len(waiting):
+        attempt += 1
+        uniforms = np.array([draws[row].uniform(attempt) for row in waiting])
+        again = chooser.choose(logits, waiting, rules.of(waiting, uniforms, -1 - tokens[waiting]))
+        tokens[waiting] = again
+        waiting = waiting[again < 0]
+    return list(np.where(is_finite, tokens, _NO_TOKEN).tolist())
+
+
+def _choose_in_torch(logits: torch.Tensor, draws: Sequence[Draw], drawing: Sequence[int]) -> list[int]:
+    """The same as `_choose`."""
+    block_highest = vocabulary.highest_of_blocks(logits)
+    is_finite = block_highest.amax(dim=1).isfinite()  # NaN counts as the highest
+    tokens = vocabulary.argmax(logits, block_highest)
+    can_draw = is_finite.tolist()
+    if rows := [row for row in drawing if can_draw[row]]:
+        tokens[rows] = _draw_from_all(_rows(logits, rows), [draws[row] for row in rows])
+    return list(torch.where(is_finite, tokens, _NO_TOKEN).tolist())
+
+
 def _draw_from_top(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Draw where top-k leaves few tokens: int64 [R]. They are sorted, so that all other rules keep a beginning."""
     params = [draw.sampling for draw in draws]
@@ -280,9 +354,13 @@ def _rows(values: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> torch.Ten
 
 
 def _inverse_temperatures(draws: Sequence[Draw], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return [R, 1]. Never 0, as -inf times 0 is no number: a temperature that high only tends to the uniform."""
-    inverses = _column([1 / draw.sampling.temperature for draw in draws], device, dtype)
-    return inverses.clamp_(min=torch.finfo(torch.float32).tiny)
+    """Return [R, 1]."""
+    return _column([_inverse_temperature(draw) for draw in draws], device, dtype)
+
+
+def _inverse_temperature(draw: Draw) -> float:
+    """Never 0, as -inf times 0 is no number: a temperature that high only tends to the uniform."""
+    return max(1 / draw.sampling.temperature, _TINY)
 
 
 def _uniforms(draws: Sequence[Draw], attempt: int, device: torch.device) -> torch.Tensor:

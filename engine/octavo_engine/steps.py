@@ -7,7 +7,7 @@ Shapes: S rows to get logits for, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.models.decoder import TorchDecoder
     from octavo_engine.plan import StepPlan
+    from octavo_engine.sampler import Chooser
 
 
 class Steps(Protocol):
@@ -36,9 +37,16 @@ class Steps(Protocol):
         """
         ...
 
+    @property
+    def chooser(self) -> Chooser | None:
+        """What chooses tokens faster than torch does, if there is something."""
+        ...
+
 
 class TorchSteps:
     """Steps in torch: a plan as tensors, through a model and the attention backend that it was built with."""
+
+    chooser: Final = None
 
     def __init__(
         self, model: TorchDecoder, attention: AttentionBackend, *, block_size: int, device: torch.device

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
     from transformers import LlamaConfig
 
+    from octavo_engine.sampler import Chooser
+
 # ruff: noqa: PLC0415 - torch, transformers and openai take ten seconds to import, and many tests here need none of them
 
 
@@ -171,6 +173,48 @@ def smollm2_in_transformers(smollm2_path: Path) -> Any:
     model: Any = LlamaForCausalLM(config)
     model.load_state_dict(state)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def cpu_chooser() -> Chooser:
+    """The CPU library's, in a decoder that has no layers."""
+    import torch
+
+    from octavo_engine.cpu.decoder import CpuDecoder
+    from octavo_engine.cpu.library import best_library
+    from octavo_engine.models.spec import DecoderSpec
+    from octavo_engine.weights.quant_type import QuantType
+    from octavo_engine.weights.stored import StoredMatrix
+
+    class Zeros:
+        def matrix(self, _role: str, shape: tuple[int, int], **_layer: int | None) -> StoredMatrix:
+            return StoredMatrix(torch.zeros(shape).view(torch.uint8), QuantType.F32, shape)
+
+        def vector(self, _role: str, size: int, **_layer: int | None) -> torch.Tensor:
+            return torch.zeros(size)
+
+    spec = DecoderSpec(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_layers=0,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        ropes=(),
+        windows=(),
+        tied_embeddings=True,
+        max_context=8,
+        eos_token_ids=frozenset(),
+        attention_scale=1.0,
+    )
+    library = best_library()
+    assert library is not None, "no library for this processor: install g++ and make venv"
+    weights: Any = Zeros()
+    return CpuDecoder(
+        library, spec, weights, compute="float32", num_positions=8, num_blocks=1, block_size=8, num_threads=2
+    )
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo_engine import sampler
 from octavo_engine.past import PastTokens
 from octavo_engine.plan import SamplingParams, ScheduledRequest
-from octavo_engine.sampler import Draw, draw_for, sample
+from octavo_engine.sampler import Draw, draw_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from octavo_engine.plan import RequestResult
+    from octavo_engine.sampler import Chooser
 
 NEVER = -math.inf
+
+IN_USE: list[Chooser | None] = []
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", "the CPU library"])
+def chooser(request: pytest.FixtureRequest, cpu_chooser: Chooser) -> None:
+    """Every test runs with both."""
+    IN_USE[:] = [cpu_chooser if request.param == "the CPU library" else None]
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
+    """As sampler.sample, with what is in use."""
+    return sampler.sample(logits, draws, IN_USE[0])
 
 
 def params(**options: Any) -> SamplingParams:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,10 +16,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo_engine import vocabulary
+from octavo_engine import sampler
 from octavo_engine.past import PastTokens
 from octavo_engine.plan import SamplingParams
-from octavo_engine.sampler import Draw, sample
+from octavo_engine.sampler import Draw
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from octavo_engine.plan import RequestResult
+    from octavo_engine.sampler import Chooser
+
+IN_USE: list[Chooser | None] = []
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", "the CPU library"])
+def chooser(request: pytest.FixtureRequest, cpu_chooser: Chooser) -> None:
+    """Every test runs with both."""
+    IN_USE[:] = [cpu_chooser if request.param == "the CPU library" else None]
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[RequestResult]:
+    """As sampler.sample, with what is in use."""
+    return sampler.sample(logits, draws, IN_USE[0])
 
 
 @dataclass
@@ -123,26 +142,3 @@ def test_a_chi_square_test_finds_no_difference_over_a_thousand_tokens(rules: dic
     statistic = sum((shares.get(token, 0.0) - share) ** 2 / share * num_draws for token, share in expected.items())
     freedom = len(expected) - 1
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
-
-
-@given(
-    values=st.lists(st.lists(halves(-2, 2), min_size=192, max_size=192), min_size=1, max_size=3),
-    k=st.integers(1, 192),
-)
-@settings(max_examples=60, deadline=None)
-def test_the_first_tokens_are_those_of_a_stable_sort(values: list[list[float]], k: int) -> None:
-    rows = torch.tensor(values)
-    order = rows.sort(dim=1, descending=True, stable=True)
-    top, ids = vocabulary.top(rows, k)
-    assert torch.equal(top, order.values[:, :k])
-    assert torch.equal(ids, order.indices[:, :k])
-    assert torch.equal(vocabulary.argmax(rows, vocabulary.highest_of_blocks(rows)), order.indices[:, 0])
-
-
-@given(
-    weights=st.lists(st.sampled_from([0.0, 1.0, 1e-30, 3.0, 1e30]), min_size=128, max_size=128).filter(any),
-    uniform=st.one_of(st.sampled_from([0.0, 0.5, 1 - 2**-52]), st.floats(0, 1 - 2**-52)),
-)
-def test_inversion_never_gives_a_token_without_weight(weights: list[float], uniform: float) -> None:
-    token = vocabulary.invert(torch.tensor([weights]), torch.tensor([uniform], dtype=torch.float64))
-    assert weights[int(token)] > 0

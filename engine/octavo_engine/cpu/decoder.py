@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES
-from octavo_engine.cpu.library import PHASES, Config, Role, Step, Vector
+from octavo_engine.cpu.library import PHASES, Choices, Config, Role, Step, Vector
 from octavo_engine.models.decoder import rotary_tables
 from octavo_engine.weights.quant_type import QuantType
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from octavo_engine.models.family import LayerRole, ModelRole
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.plan import StepPlan
+    from octavo_engine.sampler import RowRules
     from octavo_engine.weights.stored import StoredMatrix, WeightSource
 
 _STORED = {torch.float32: QuantType.F32, torch.bfloat16: QuantType.BF16}
@@ -112,6 +113,11 @@ class CpuDecoder:
         seconds = self._library.octavo_decoder_phase_seconds(self._decoder)
         return {phase: seconds[index] for index, phase in enumerate(PHASES)}
 
+    @property
+    def chooser(self) -> CpuDecoder:
+        """See Steps."""
+        return self
+
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy the KV of whole blocks in every layer: (source, destination) block ids."""
         pairs = np.array(copies, dtype=np.int32)
@@ -151,6 +157,26 @@ class CpuDecoder:
         )
         self._check(self._library.octavo_decoder_forward(self._decoder, ctypes.byref(step)))
         return logits
+
+    def choose(self, logits: torch.Tensor, rows: np.ndarray, rules: RowRules) -> np.ndarray:
+        """See sampler.Chooser."""
+        assert logits.dtype == torch.float32
+        assert logits.is_contiguous()
+        tokens = np.empty(len(rows), dtype=np.int32)
+        choices = Choices(
+            vocab_size=logits.shape[1],
+            num_rows=len(rows),
+            logits=logits.data_ptr(),
+            rows=rows.ctypes.data,
+            inverse_temperatures=rules.inverse_temperatures.ctypes.data,
+            min_ps=rules.min_ps.ctypes.data,
+            top_ps=rules.top_ps.ctypes.data,
+            uniforms=rules.uniforms.ctypes.data,
+            bounds=rules.bounds.ctypes.data,
+            tokens=tokens.ctypes.data,
+        )
+        self._check(self._library.octavo_decoder_choose(self._decoder, ctypes.byref(choices)))
+        return tokens
 
     def _load_layer(self, source: WeightSource, layer: int) -> None:
         spec = self._spec

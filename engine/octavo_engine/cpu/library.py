@@ -105,6 +105,23 @@ class Step(ctypes.Structure):
     ]
 
 
+class Choices(ctypes.Structure):
+    """`Choices` in native/sampling.h, which says what the arrays hold."""
+
+    _fields_: ClassVar = [
+        ("vocab_size", ctypes.c_int64),
+        ("num_rows", ctypes.c_int32),
+        ("logits", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("inverse_temperatures", ctypes.c_void_p),
+        ("min_ps", ctypes.c_void_p),
+        ("top_ps", ctypes.c_void_p),
+        ("uniforms", ctypes.c_void_p),
+        ("bounds", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+    ]
+
+
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "octavo_decoder_new": (_POINTER, [ctypes.POINTER(Config)]),
@@ -114,6 +131,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "octavo_decoder_set_layer": (None, [_POINTER, _INT, _INT, _INT]),
     "octavo_decoder_set_rope": (_INT, [_POINTER, _INT, _POINTER, _POINTER]),
     "octavo_decoder_forward": (_INT, [_POINTER, ctypes.POINTER(Step)]),
+    "octavo_decoder_choose": (_INT, [_POINTER, ctypes.POINTER(Choices)]),
     "octavo_decoder_copy_blocks": (None, [_POINTER, _POINTER, _INT]),
     "octavo_decoder_weight_bytes": (_LONG, [_POINTER]),
     "octavo_decoder_phase_seconds": (ctypes.POINTER(ctypes.c_double), [_POINTER]),

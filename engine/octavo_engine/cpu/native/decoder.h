@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "pool.h"
+#include "sampling.h"
 
 namespace octavo {
 
@@ -112,6 +113,16 @@ class Decoder {
     lay_out();
     clock_ = Clock::now();
     pool_.run([this](int thread) { compute(thread); });
+  }
+
+  void choose(const Choices& choices) {
+    choosers_.resize((size_t)pool_.num_threads());
+    for (Chooser& chooser : choosers_) chooser.reserve(choices.vocab_size);
+    pool_.run([&](int thread) {
+      int row, end;
+      while (pool_.claim(choices.num_rows, row, end, 1))
+        choices.tokens[row] = choosers_[(size_t)thread].choose(choices, row);
+    });
   }
 
  private:
@@ -517,6 +528,7 @@ class Decoder {
   std::vector<float> final_norm_;
   std::vector<std::vector<float>> cos_, sin_;
   std::vector<Thread> threads_;
+  std::vector<Chooser> choosers_;
 
   const Step* step_ = nullptr;
   bool store_in_attention_ = false;  // only decodes: keys are stored by whoever attends to them first

@@ -60,6 +60,10 @@ OCTAVO_EXPORT int32_t octavo_decoder_forward(Decoder* decoder, const Step* step)
   return guarded([&] { decoder->forward(*step); });
 }
 
+OCTAVO_EXPORT int32_t octavo_decoder_choose(Decoder* decoder, const Choices* choices) {
+  return guarded([&] { decoder->choose(*choices); });
+}
+
 OCTAVO_EXPORT void octavo_decoder_copy_blocks(Decoder* decoder, const int32_t* pairs, int32_t count) {
   for (int32_t i = 0; i < count; i++) decoder->cache().copy_block(pairs[2 * i], pairs[2 * i + 1]);
 }
