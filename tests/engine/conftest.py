@@ -267,6 +267,7 @@ def write_tiny_gguf(tmp_path: Path, tiny_llama: Any) -> WriteGGUF:
             int: writer.add_uint32,
             float: writer.add_float32,
             str: writer.add_string,
+            list: writer.add_array,
         }
         for key, value in (own_metadata | dict(metadata or {})).items():
             add[type(value)](key, value)
