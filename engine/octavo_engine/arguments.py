@@ -71,8 +71,14 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     run = add("run", "talk to a model on the terminal", epilog=_ENVIRONMENT_HELP)
     _add_model(run)
     run.add_argument("prompt", metavar="PROMPT", nargs="*", help="answer this and leave; standard input is added to it")
-    run.add_argument("--system", metavar="TEXT", help="the system message of the conversation (default: none)")
-    run.add_argument("--temperature", type=between(0.0, 2.0), default=0.7, help="0: greedy (default: %(default)s)")
+    run.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="the system message of the conversation (default: what the Modelfile says, else none)",
+    )
+    run.add_argument(
+        "--temperature", type=between(0.0, 2.0), help="0: greedy (default: what the model's Modelfile says, else 0.8)"
+    )
     _add_engine_options(run)
 
     plan = add("plan", "say what a model needs and whether it fits, from its header alone", epilog=_ENVIRONMENT_HELP)
@@ -94,7 +100,30 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_revision(pull)
     _add_termination_log(pull)
 
+    create = add("create", "make a model of another one, as a Modelfile says")
+    create.add_argument("name", metavar="NAME", help="what to call it")
+    create.add_argument(
+        "-f",
+        "--file",
+        type=Path,
+        default=Path("Modelfile"),
+        metavar="PATH",
+        help="the Modelfile (default: %(default)s)",
+    )
+
+    show = add("show", "say what a model is", epilog=_ENVIRONMENT_HELP)
+    _add_model(show)
+    show.add_argument(
+        "--modelfile",
+        action="store_true",
+        help="print its Modelfile, of which `octavo create` makes the same again (default: off)",
+    )
+
     add("list", "list the models in the local store")
+
+    copy = add("cp", "give a model a second name")
+    copy.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    copy.add_argument("destination", metavar="NAME", help="the second name")
 
     remove = add("rm", "delete models from the local store")
     remove.add_argument("models", metavar="MODEL", nargs="+", help="a name from `octavo list`")

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from octavo_engine.arguments import build_parser
 from octavo_engine.config import EngineConfig, ServerConfig
-from octavo_engine.errors import ConfigError, EngineDead, SourceUnreachable, UserError
+from octavo_engine.errors import ConfigError, EngineDead, ModelfileInvalid, SourceUnreachable, UserError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
+    from octavo_engine.modelfile import Modelfile
+    from octavo_engine.parameters import Parameters
     from octavo_engine.planning import Model
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
@@ -81,6 +83,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from octavo_engine.modelfile import Modelfile
     from octavo_engine.terminal import Chat, converse, print_answer
 
     location = _locate(options.model, options.revision)
@@ -93,7 +96,9 @@ def _run(options: argparse.Namespace) -> None:
     config = _engine_config(options, location, (location.name,))
     if sys.stderr.isatty():
         print(f"loading {location.name} ...", file=sys.stderr)
-    with Chat(config, temperature=options.temperature, system=options.system) as chat:
+    parameters: Parameters = {} if options.temperature is None else {"temperature": options.temperature}
+    told = Modelfile(source=location.name, system=options.system or "", parameters=parameters)
+    with Chat(config, told.over(_modelfile_of(location))) as chat:
         if prompt:
             print_answer(chat, prompt)
         else:
@@ -137,6 +142,44 @@ def _pull(options: argparse.Namespace) -> None:
         _write_termination_log(options.termination_log, told)
 
 
+def _create(options: argparse.Namespace) -> None:
+    from octavo_engine.modelfile import parse_modelfile
+    from octavo_engine.store import derived
+    from octavo_engine.store.local import locate
+
+    try:
+        modelfile = parse_modelfile(options.file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--file {options.file}: {error}") from error
+    except ModelfileInvalid as error:
+        raise ModelfileInvalid(f"{options.file}: {error}") from error
+    beside = options.file.resolve().parent / modelfile.source
+    location = locate(str(beside) if beside.exists() else modelfile.source, _store())
+    path = derived.save(options.name, modelfile.over(_modelfile_of(location)), _store())
+    print(f"created {options.name} ({path})")
+
+
+def _show(options: argparse.Namespace) -> None:
+    location = _locate(options.model, options.revision)
+    modelfile = _modelfile_of(location)
+    if options.modelfile:
+        print(modelfile.render(), end="")
+        return
+    rows = [(name, str(value)) for name, value in _read_model(location).facts().items()]
+    for title, lines in (("Model", rows), ("Parameters", modelfile.parameter_lines())):
+        if lines:
+            print(title, *(f"  {name:20}  {value}" for name, value in lines), sep="\n")
+    if modelfile.system:
+        print(f"System\n  {modelfile.system}")
+
+
+def _cp(options: argparse.Namespace) -> None:
+    from octavo_engine.store import derived
+
+    derived.save(options.destination, _modelfile_of(_locate(options.model, None)), _store())
+    print(f"copied {options.model} to {options.destination}")
+
+
 def _list(_options: argparse.Namespace) -> None:
     from octavo_engine.store.local import list_models
 
@@ -160,6 +203,14 @@ def _rm(options: argparse.Namespace) -> None:
 
 
 # From options to configuration
+
+
+def _modelfile_of(location: Location) -> Modelfile:
+    """The model's Modelfile; of one without, that which makes the model of itself."""
+    from octavo_engine.modelfile import Modelfile
+
+    source = location.source.text if location.source is not None else str(location.path.resolve())
+    return location.modelfile or Modelfile(source=source)
 
 
 def _read_model(location: Location) -> Model:
@@ -215,6 +266,9 @@ def _hub(environment: Mapping[str, str]) -> Hub:
 def _engine_config(options: argparse.Namespace, location: Location, names: tuple[str, ...]) -> EngineConfig:
     """Every option of the engine is a field of its configuration, under the same name."""
     given = {field.name: getattr(options, field.name) for field in fields(EngineConfig) if field.name in options}
+    context = location.modelfile.parameters.get("num_ctx") if location.modelfile is not None else None
+    if given.get("max_model_len") is None and context is not None:
+        given["max_model_len"] = context
     return EngineConfig(**(given | {"model": location.path, "served_model_names": names}))
 
 
@@ -235,4 +289,14 @@ def _write_termination_log(path: Path, told: dict[str, Any]) -> None:
         print(f"octavo: --termination-log {path}: {cause.strerror}", file=sys.stderr)
 
 
-_COMMANDS: Final = {"serve": _serve, "run": _run, "plan": _plan, "pull": _pull, "list": _list, "rm": _rm}
+_COMMANDS: Final = {
+    "serve": _serve,
+    "run": _run,
+    "plan": _plan,
+    "pull": _pull,
+    "create": _create,
+    "show": _show,
+    "list": _list,
+    "cp": _cp,
+    "rm": _rm,
+}

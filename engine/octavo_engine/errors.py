@@ -9,6 +9,7 @@
     |   |-- StorageFull             the model's file does not fit on the disk
     |   |-- ModelInvalid            the file is truncated, corrupt or of an unknown kind
     |   |-- ModelUnsupported        a well-formed model that this engine cannot run
+    |   |-- ModelfileInvalid        a Modelfile or its template is wrong; the message names the line
     |   |-- ModelDoesNotFit         weights or one sequence's KV cache exceed the memory
     |   |-- TensorParallelInvalid   the model cannot be split over so many devices
     |   |-- DeviceMissing           --device asks for hardware that is not there
@@ -75,6 +76,10 @@ class ModelInvalid(UserError):
 
 class ModelUnsupported(UserError):
     """The model is well formed, but this engine cannot run it."""
+
+
+class ModelfileInvalid(UserError):
+    """A Modelfile, or the template in one, is wrong or asks for what this engine lacks; names line and token."""
 
 
 class ModelDoesNotFit(UserError):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine.answer import Answer
 from octavo_engine.errors import GenerationFailed, RequestInvalid
+from octavo_engine.parameters import max_tokens_of
 from octavo_engine.text.load import load_tokenizer
 from octavo_engine.text.template import ChatTemplate, Message
 from octavo_engine.text.tokenizer import Segment
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from octavo_engine.answer import TextDelta
     from octavo_engine.client import EngineClient
     from octavo_engine.messages import EngineFacts
+    from octavo_engine.modelfile import Modelfile
+    from octavo_engine.parameters import Parameters
     from octavo_engine.plan import SamplingParams
     from octavo_engine.text.tokenizer import Tokenizer
 
@@ -48,17 +51,26 @@ class TextModel:
 
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: the model brings none, and cannot chat
+    system: str = ""  # of conversations that bring no system message; empty: none
+    opening: tuple[Message, ...] = ()  # how every conversation begins
+    parameters: Parameters = field(default_factory=dict)  # for what a request does not say
 
     @classmethod
-    def load(cls, path: Path) -> TextModel:
+    def load(cls, path: Path, modelfile: Modelfile | None = None) -> TextModel:
         """Build it from a GGUF file or a folder with a tokenizer.json, without the weights.
 
         Raises:
             ModelNotFound, ModelInvalid, ModelUnsupported: the files are not what they should be.
+            ModelfileInvalid: the template of `modelfile` is wrong.
         """
         tokenizer = load_tokenizer(path)
-        template = tokenizer.chat_template
-        return cls(tokenizer, ChatTemplate(template, tokenizer) if template else None)
+        template = ChatTemplate(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else None
+        if modelfile is None:
+            return cls(tokenizer, template)
+        if modelfile.template:
+            template = ChatTemplate(modelfile.template, tokenizer, "go")
+        opening = tuple({"role": role, "content": content} for role, content in modelfile.messages)
+        return cls(tokenizer, template, modelfile.system, opening, modelfile.parameters)
 
 
 class LanguageModel:
@@ -75,24 +87,44 @@ class LanguageModel:
         self._client = client
         self._tokenizer = text.tokenizer
         self._template = text.template
+        self.parameters = text.parameters
+        self._system = text.system
+        self._opening = text.opening
 
     @property
     def has_template(self) -> bool:
         """Whether it can chat."""
         return self._template is not None
 
-    async def encode_chat(self, messages: Sequence[Message], *, must_fit: bool = True) -> list[int]:
+    def compile_template(self, source: str) -> ChatTemplate:
+        """Return a template in Go's language for `encode_chat`.
+
+        Raises:
+            ModelfileInvalid: it is wrong, or not supported.
+        """
+        return ChatTemplate(source, self._tokenizer, "go")
+
+    async def encode_chat(
+        self, messages: Sequence[Message], *, template: ChatTemplate | None = None, must_fit: bool = True
+    ) -> list[int]:
         """Return the prompt for the next assistant message. Control tokens in messages are ordinary text.
+
+        Before them comes what the model's Modelfile has: its messages and, unless they bring one, its system message.
+        `template` takes the place of the model's.
 
         Raises:
             RequestInvalid: the template refuses the messages, or the prompt is too long (without `must_fit`: far too
                 long, as can be told without reading it).
         """
-        if self._template is None:
+        template = template or self._template
+        if template is None:
             raise RequestInvalid(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
-        return await self._encode(self._template.render(messages), "messages", must_fit=must_fit)
+        brings_system = bool(messages) and messages[0]["role"] == "system"
+        system: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        told = [*([] if brings_system else system), *self._opening, *messages]
+        return await self._encode(template.render(told), "messages", must_fit=must_fit)
 
     async def encode_prompt(
         self, prompt: str | Sequence[int], *, adds_special: bool = True, must_fit: bool = True
@@ -132,14 +164,14 @@ class LanguageModel:
             raise RequestInvalid(f"{param}: token id {str(wrong)[:20]} is not in 0..{size - 1}", param=param)
 
     def resolve_max_tokens(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> int:
-        """Return how many tokens may be generated; None means what the context leaves.
+        """Return how many tokens may be generated; None means what the Modelfile says, or the context leaves.
 
         Raises:
             RequestInvalid: prompt and `max_tokens` together exceed the context.
         """
         room = self.facts.max_model_len - num_prompt_tokens
         if max_tokens is None:
-            return room
+            return max_tokens_of(self.parameters, num_prompt_tokens, self.facts.max_model_len)
         if max_tokens > room:
             raise RequestInvalid(
                 f"this model's context is {self.facts.max_model_len} tokens; the prompt has {num_prompt_tokens} and "

@@ -8,14 +8,14 @@ repeat_penalty, which is off: Ollama's 1.1 looks at the last 64 tokens, this eng
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.plan import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 ParameterValue = bool | int | float | str | tuple[str, ...]
 Parameters = dict[str, ParameterValue]  # by name; only what was given
@@ -81,6 +81,10 @@ _LACKING: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "use_mmap": (_one_of(), "the engine decides how it reads weights"),
     "vocab_only": (_one_of(False), "use /api/show"),
 }
+# Fields of SamplingParams, and of OpenAI's requests by the same name, and the parameter that each one is.
+_OPENAIS: Final[Mapping[str, str]] = {
+    name: name for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed")
+} | {"repetition_penalty": "repeat_penalty"}
 NAMES: Final = frozenset({*_WORKING, *_LACKING, "stop"})
 
 
@@ -153,6 +157,17 @@ def sampling_params(
         seed=seed if seed >= 0 else None,
         num_logprobs=num_logprobs,
     )
+
+
+def with_defaults(sampling: SamplingParams, parameters: Parameters, given: Collection[str]) -> SamplingParams:
+    """Return how the engine chooses tokens for a request of OpenAI's API: what it does not give is the Modelfile's."""
+    defaults = sampling_params(parameters, sampling.max_tokens)
+    changed = {
+        name: getattr(defaults, name)
+        for name, parameter in _OPENAIS.items()
+        if parameter in parameters and name not in given
+    }
+    return replace(sampling, **changed)
 
 
 def max_tokens_of(parameters: Mapping[str, ParameterValue], num_prompt_tokens: int, max_model_len: int) -> int:

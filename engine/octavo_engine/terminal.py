@@ -13,13 +13,14 @@ import queue
 import sys
 import threading
 import uuid
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from octavo_engine import transport
 from octavo_engine.client import EngineClient
-from octavo_engine.errors import OctavoError, RequestInvalid, UserError
+from octavo_engine.errors import ConfigError, OctavoError, RequestInvalid, UserError
 from octavo_engine.generation import GenerationRequest, LanguageModel, TextModel
-from octavo_engine.plan import SamplingParams
+from octavo_engine.parameters import check, from_text, max_tokens_of, sampling_params, stop_strings
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
@@ -27,22 +28,35 @@ if TYPE_CHECKING:
 
     from octavo_engine.client import Spawn
     from octavo_engine.config import EngineConfig
+    from octavo_engine.modelfile import Modelfile
     from octavo_engine.text.template import Message
 
 # ruff: noqa: T201 - printing is what this is for
+
+_QUOTES: Final = '"""'
+_HELP: Final = """\
+/set parameter NAME VALUE   such as temperature 0.2 or num_predict 100
+/set system TEXT            the system message
+/show                       what is set, as a Modelfile
+/clear                      start anew
+/bye                        leave
+\"\"\"                         begins a text of several lines, and ends it"""
 
 _T = TypeVar("_T")
 
 
 class Chat:
-    """An engine and a conversation with it. Use as a context manager: leaving ends the engine."""
+    """An engine and a conversation with it. Use as a context manager: leaving ends the engine.
 
-    def __init__(
-        self, config: EngineConfig, *, temperature: float, system: str | None, spawn: Spawn = transport.spawn
-    ) -> None:
-        self._temperature = temperature
-        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._messages = list(self._opening)
+    Args:
+        config: of the engine.
+        modelfile: parameters, system message, template and how the conversation begins.
+        spawn: starts the engine process.
+    """
+
+    def __init__(self, config: EngineConfig, modelfile: Modelfile, spawn: Spawn = transport.spawn) -> None:
+        self.modelfile = modelfile  # may be changed between answers
+        self._messages: list[Message] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="event-loop", daemon=True)
         self._config = config
@@ -97,20 +111,23 @@ class Chat:
 
     def clear(self) -> None:
         """Forget the conversation."""
-        self._messages = list(self._opening)
+        self._messages = []
 
     async def _load(self) -> LanguageModel:
-        text = await asyncio.to_thread(TextModel.load, self._config.tokenizer or self._config.model)
+        text = await asyncio.to_thread(TextModel.load, self._config.tokenizer or self._config.model, self.modelfile)
         return LanguageModel(self._client, await self._client.ready(), text)
 
     async def _answer(self, pieces: queue.SimpleQueue[str | BaseException | None]) -> None:
         try:
-            prompt = await self._model.encode_chat(self._messages)
-            max_tokens = self._model.resolve_max_tokens(len(prompt), None, "max_tokens")
+            system, parameters = self.modelfile.system, self.modelfile.parameters
+            opening: list[Message] = [{"role": "system", "content": system}] if system else []
+            prompt = await self._model.encode_chat([*opening, *self._messages])
+            max_tokens = max_tokens_of(parameters, len(prompt), self._model.facts.max_model_len)
             request = GenerationRequest(
                 request_id=uuid.uuid4().hex,
                 prompt_token_ids=prompt,
-                sampling=SamplingParams(max_tokens=max_tokens, temperature=self._temperature),
+                sampling=sampling_params(parameters, max_tokens),
+                stop=stop_strings(parameters),
             )
             async with contextlib.aclosing(self._model.generate(request)) as deltas:
                 async for delta in deltas:
@@ -125,32 +142,62 @@ class Chat:
 
 def converse(chat: Chat) -> None:
     """Talk until /bye or the end of the input."""
-    print("/clear starts anew, /bye or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
+    print("/? for help, /bye or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # gives input() line editing and history
     while True:
         try:
-            line = input(">>> ").strip()
+            line = _read_message()
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print()
             continue
-        match line:
-            case "":
-                continue
-            case "/bye":
-                return
-            case "/clear":
-                chat.clear()
-            case _:
-                try:
-                    print_answer(chat, line)
-                except KeyboardInterrupt:
-                    print()
-                except UserError as error:
-                    print(f"{error}\n/clear starts anew", file=sys.stderr)
+        if line == "/bye":
+            return
+        try:
+            if line.startswith("/"):
+                _obey(chat, line)
+            elif line:
+                print_answer(chat, line)
+        except KeyboardInterrupt:
+            print()
+        except UserError as error:
+            print(f"{error}\n/clear starts anew", file=sys.stderr)
+
+
+def _obey(chat: Chat, line: str) -> None:
+    """Do what a line that begins with / says.
+
+    Raises:
+        UserError: the command is wrong.
+    """
+    match line.split(maxsplit=3):
+        case ["/clear"]:
+            chat.clear()
+        case ["/show"]:
+            print(chat.modelfile.render(), end="")
+        case ["/?" | "/help"]:
+            print(_HELP, file=sys.stderr)
+        case ["/set", "parameter", name, value]:
+            added = check(name, from_text(name, value))
+            chat.modelfile = replace(chat.modelfile, parameters=chat.modelfile.parameters | added)
+        case ["/set", "system", _, *_]:
+            chat.modelfile = replace(chat.modelfile, system=line.split(maxsplit=2)[-1])
+        case _:
+            raise ConfigError(f"{line[:50]!r} is not a command; /? tells which there are")
+
+
+def _read_message() -> str:
+    """Read a line, or several that stand between triple quotes."""
+    line = input(">>> ").strip()
+    if not line.startswith(_QUOTES):
+        return line
+    text = line.removeprefix(_QUOTES)
+    while not text.endswith(_QUOTES):
+        text += "\n" + input("... ")
+    return text.removesuffix(_QUOTES).strip()
 
 
 def print_answer(chat: Chat, prompt: str) -> None:

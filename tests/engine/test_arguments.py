@@ -16,7 +16,8 @@ from octavo_engine.cli import main
 from octavo_engine.config import EngineConfig, ServerConfig
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {name: lambda _: None for name in ("serve", "run", "plan", "pull", "list", "rm")}
+NAMES = ("serve", "run", "plan", "pull", "create", "show", "list", "cp", "rm")
+COMMANDS = {name: lambda _: None for name in NAMES}
 
 # Every option of `octavo serve`: what it is without the flag, a value that it takes and what becomes of it, and values
 # that it refuses with what the refusal says.

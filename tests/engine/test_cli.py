@@ -235,3 +235,59 @@ def test_a_run_without_terminal_and_prompt_is_refused(home: Path) -> None:
     result = subprocess.run(command, input="", capture_output=True, text=True, check=False, env=dict(os.environ))
     assert result.returncode == 1
     assert "there is no prompt" in result.stderr
+
+
+def test_a_model_is_made_of_another_shown_copied_and_removed(
+    home: Path, tmp_path: Path, write_tiny_gguf: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_tiny_gguf()
+    modelfile = tmp_path / "Modelfile"
+    modelfile.write_text(f"FROM {weights.name}\nSYSTEM You are Mario.\nPARAMETER num_ctx 128\n")
+    main(["create", "org/mario:v1", "-f", str(modelfile)])
+    assert run_for_output(capsys, "show", "org/mario:v1", "--modelfile") == (
+        f"FROM {weights}\nSYSTEM You are Mario.\nPARAMETER num_ctx 128\n"
+    )
+    shown = run_for_output(capsys, "show", "org/mario:v1")
+    assert "num_ctx               128" in shown
+    assert "You are Mario." in shown
+    modelfile.write_text("FROM org/mario:v1\nSYSTEM You are Luigi.\nTEMPLATE {{ .Prompt }}\n")
+    main(["create", "luigi", "-f", str(modelfile)])
+    main(["cp", "luigi", "luigi2"])
+    main(["rm", "luigi", "org/mario:v1"])
+    assert "luigi2" in run_for_output(capsys, "list")
+    text = run_for_output(capsys, "show", "luigi2", "--modelfile")
+    assert text == f"FROM {weights}\nTEMPLATE {{{{ .Prompt }}}}\nSYSTEM You are Luigi.\nPARAMETER num_ctx 128\n"
+    modelfile.write_text(text)
+    main(["create", "luigi3", "-f", str(modelfile)])
+    assert run_for_output(capsys, "show", "luigi3", "--modelfile") == text
+    assert weights.is_file()
+    assert not (home / "modelfiles" / "luigi.Modelfile").exists()
+    assert "maxModelLen" in run_for_output(capsys, "plan", "luigi3", "--json")
+    assert '"maxModelLen": 128' in run_for_output(capsys, "plan", "luigi3", "--json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("FROM nothing-there", "there is no model 'nothing-there'"),
+        ("FROM x\nADAPTER y", "Modelfile: line 2: ADAPTER is not supported"),
+        (None, "No such file"),
+        ("FROM smollm2", "'../m' cannot name a model"),
+    ],
+)
+def test_a_modelfile_that_cannot_be_used_is_told(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    modelfile = tmp_path / "Modelfile"
+    if text is not None:
+        modelfile.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["create", "../m", "--file", str(modelfile)])
+    assert message in capsys.readouterr().err
+
+
+def run_for_output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints."""
+    capsys.readouterr()
+    main(arguments)
+    return capsys.readouterr().out

@@ -98,7 +98,9 @@ class Service:
             )
         process, sock = self._spawn(self.config.engine)
         self._client = await EngineClient.start(process, sock, self.metrics)
-        text = await asyncio.to_thread(TextModel.load, self.config.engine.tokenizer or self.location.path)
+        text = await asyncio.to_thread(
+            TextModel.load, self.config.engine.tokenizer or self.location.path, self.location.modelfile
+        )
         facts = await self._client.ready()
         self.metrics.on_ready(facts)
         self._model = LanguageModel(self._client, facts, text)

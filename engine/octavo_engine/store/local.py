@@ -6,16 +6,19 @@ without `.gguf`, or by its short name in the catalogue. Called by the command li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from octavo_engine.errors import ModelNotFound
+from octavo_engine.errors import ModelNotFound, UserError
 from octavo_engine.models.checkpoint import CONFIG_FILE
+from octavo_engine.store import derived
 from octavo_engine.store.source import Source, is_source, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from octavo_engine.modelfile import Modelfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Location:
     path: Path
     source: Source | None = None  # where to pull it from when the file is not there
     sha256: str | None = None  # of the whole file, where it is known beforehand
+    modelfile: Modelfile | None = None  # what makes another model of it
 
     @property
     def is_missing(self) -> bool:
@@ -74,6 +78,8 @@ def locate(model: str, root: Path) -> Location:
     Raises:
         ModelNotFound: none of these; the message says what there is.
     """
+    if (modelfile := derived.load(model, root)) is not None:
+        return replace(locate(modelfile.source, root), name=model, modelfile=modelfile)
     if is_source(model):
         source = parse_source(model)
         return Location(name=source.path.stem, path=root / source.path, source=source)
@@ -101,6 +107,7 @@ def list_models(root: Path) -> list[StoredModel]:
         status = path.stat()
         name = short_names.get(str(place), str(place.with_suffix("")))
         models.append(StoredModel(name=name, path=path, num_bytes=status.st_size, modified=status.st_mtime))
+    models += [StoredModel(name, *_size_of(name, root)) for name in derived.names(root)]
     return sorted(models, key=lambda model: model.name)
 
 
@@ -110,6 +117,8 @@ def remove(model: str, root: Path) -> Path:
     Raises:
         ModelNotFound: the store has no such model.
     """
+    if (manifest := derived.remove(model, root)) is not None:
+        return manifest
     path = locate(model, root).path
     if not path.is_file() or not path.is_relative_to(root):
         raise ModelNotFound(f"{model} is not in the local store; `octavo list` shows what is")
@@ -119,6 +128,17 @@ def remove(model: str, root: Path) -> Path:
             break
         folder.rmdir()
     return path
+
+
+def _size_of(name: str, root: Path) -> tuple[Path, int, float]:
+    """Where the model is that a derived one is made of, how large it is, and when the derived one was made."""
+    modified = derived.path_of(name, root).stat().st_mtime
+    try:
+        path = locate(name, root).path
+    except UserError:  # what it is made of is gone
+        return derived.path_of(name, root), 0, modified
+    files = path.glob("*.safetensors") if path.is_dir() else [path] if path.is_file() else []
+    return path, sum(file.stat().st_size for file in files), modified
 
 
 def _in_store(name: str, root: Path) -> Path | None:

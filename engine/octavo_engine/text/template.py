@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from octavo_engine.errors import ModelInvalid, RequestInvalid
+from octavo_engine.text.go_template import GoTemplate
 from octavo_engine.text.tokenizer import Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jinja2.nodes import Node
     from jinja2.parser import Parser
@@ -33,15 +34,31 @@ class ChatTemplate:
     """A compiled template.
 
     Args:
-        source: jinja2 source.
+        source: in `language`.
         tokenizer: gives the control tokens that user text must not forge.
+        language: jinja2 is that of model files, Go's that of Ollama's Modelfiles.
 
     Raises:
         ModelInvalid: the source does not compile.
+        ModelfileInvalid: the same of one in Go's language.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, language: Literal["jinja2", "go"] = "jinja2") -> None:
         self._tokenizer = tokenizer
+        self._write: Callable[[list[Message]], str] = self._go(source) if language == "go" else self._jinja2(source)
+
+    def _go(self, source: str) -> Callable[[list[Message]], str]:
+        template, tokenizer = GoTemplate(source), self._tokenizer
+
+        def write(messages: list[Message]) -> str:
+            text = template.render(messages)
+            # Templates of Ollama's models leave to the tokenizer what comes before every prompt.
+            first = tokenizer.bos_token if tokenizer.prompt_prefix_ids else ""
+            return text if text.startswith(first) else first + text
+
+        return write
+
+    def _jinja2(self, source: str) -> Callable[[list[Message]], str]:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
@@ -49,9 +66,13 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         environment.filters["tojson"] = _tojson
         try:
-            self._template = environment.from_string(source)
+            template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelInvalid(f"the model's chat template does not compile: {error}") from error
+        bos_token, eos_token = self._tokenizer.bos_token, self._tokenizer.eos_token
+        return lambda messages: template.render(
+            messages=messages, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token
+        )
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the prompt for the next assistant message.
@@ -64,13 +85,8 @@ class ChatTemplate:
         """
         mark = _unused_character(messages)
         try:
-            text = self._template.render(
-                messages=[
-                    {key: self._take_apart(value, mark) for key, value in message.items()} for message in messages
-                ],
-                add_generation_prompt=True,
-                bos_token=self._tokenizer.bos_token,
-                eos_token=self._tokenizer.eos_token,
+            text = self._write(
+                [{key: self._take_apart(value, mark) for key, value in message.items()} for message in messages]
             )
         except Exception as error:  # a template can fail in any way on messages it was not written for
             reason = f"the model's chat template refuses these messages: {str(error)[:200]}"

@@ -17,6 +17,7 @@ import gguf
 import httpx
 import numpy as np
 import pytest
+from ollama import AsyncClient
 
 from octavo_engine import core
 from octavo_engine.config import EngineConfig, ServerConfig
@@ -275,6 +276,13 @@ async def ready(http: httpx.AsyncClient) -> httpx.AsyncClient:
     """The same client once the model is loaded."""
     await eventually(lambda: is_ready(http))
     return http
+
+
+@pytest.fixture
+async def ollama(ready: httpx.AsyncClient) -> AsyncIterator[AsyncClient]:
+    """Ollama's own client."""
+    async with AsyncClient(host=str(ready.base_url)) as client:
+        yield client
 
 
 async def is_ready(http: httpx.AsyncClient) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from octavo_engine.errors import EngineRefused, RequestInvalid
+from octavo_engine.modelfile import Modelfile
 from octavo_engine.terminal import Chat, converse, print_answer
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 def new_chat(engine: FakeEngine, config: ServerConfig, system: str | None = None) -> Chat:
     # Without a prefix cache the fake engine sees every token of a prompt.
     options = replace(config.engine, enable_prefix_caching=False)
-    return Chat(options, temperature=0.0, system=system, spawn=engine.spawn)
+    modelfile = Modelfile(source="fake", system=system or "", parameters={"temperature": 0.0})
+    return Chat(options, modelfile, spawn=engine.spawn)
 
 
 @pytest.fixture
@@ -85,6 +87,40 @@ def test_the_terminal_takes_commands_and_questions_until_the_end_of_the_input(
     assert out.count("The answer is 42.\n") == 2
     assert "context is 400 tokens" in err
     assert "/clear starts anew" in err
+
+
+def test_what_is_set_holds_for_the_next_answer(
+    chat: Chat, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/set parameter top_k 7", "/set system Be brief.", "/set parameter mirostat 1", "/set x", "/nothing", "Hi"]
+    lines += ["/show", "/?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    converse(chat)
+    out, err = capsys.readouterr()
+    assert engine.sampling is not None
+    assert (engine.sampling.top_k, engine.sampling.temperature) == (7, 0.0)
+    assert "SYSTEM Be brief.\n" in out
+    assert "PARAMETER top_k 7\n" in out
+    assert "mirostat 1 is not supported" in err
+    assert "'/set x' is not a command" in err
+    assert "'/nothing' is not a command" in err
+    assert "/clear   " in err
+
+
+def test_a_system_message_that_is_set_is_in_the_prompt(chat: Chat, engine: FakeEngine) -> None:
+    chat.modelfile = replace(chat.modelfile, system="POISON")
+    engine.failing = "POISON"
+    with pytest.raises(Exception, match="not a number"):
+        list(chat.ask("Hi"))
+
+
+def test_a_message_between_triple_quotes_has_several_lines(
+    chat: Chat, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.failing = "one\ntwo"
+    monkeypatch.setattr(sys, "stdin", io.StringIO('"""one\ntwo"""\n'))
+    with pytest.raises(Exception, match="not a number"):
+        converse(chat)
 
 
 def test_bye_leaves(chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

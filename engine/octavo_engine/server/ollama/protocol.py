@@ -23,7 +23,6 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "shift": only(False, instead="a full context ends the answer, and nothing of it is dropped"),
     "steps": only(0),
     "suffix": only(""),
-    "template": only(""),
     "think": only(False),
     "tools": only([]),
     "truncate": only(False, instead="an overlong prompt is an error, and nothing of it is cut"),
@@ -96,12 +95,14 @@ class GenerateRequest(_GenerationBody):
 
     prompt: Text | None = None  # null or empty: only load the model
     system: Text | None = None
+    template: Text | None = None  # in Go's language, in place of the model's
     raw: bool | None = None  # the prompt is taken as it is, without a template
 
     @model_validator(mode="after")
     def _check_raw(self) -> "GenerateRequest":
-        if self.raw and self.system:
-            raise RequestInvalid("system needs a template, and raw: true leaves it out", param="system")
+        for name in ("system", "template"):
+            if self.raw and getattr(self, name):
+                raise RequestInvalid(f"{name} does not go with raw: true, which leaves templates out", param=name)
         return self
 
 

@@ -20,8 +20,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 
 from octavo_engine.answer import TextDelta, TextLogprobs, TokenText
-from octavo_engine.errors import OctavoError, RequestInvalid
+from octavo_engine.errors import ModelfileInvalid, OctavoError, RequestInvalid
 from octavo_engine.generation import GenerationRequest, LanguageModel
+from octavo_engine.modelfile import Modelfile
 from octavo_engine.parameters import max_tokens_of, sampling_params, stop_strings
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import unless_gone
@@ -29,6 +30,7 @@ from octavo_engine.server.envelope import describe as describe_error
 from octavo_engine.server.ollama.describe import Description, describe, model_info
 from octavo_engine.server.ollama.protocol import ChatRequest, GenerateRequest, ShowRequest
 from octavo_engine.server.service import Service
+from octavo_engine.text.template import ChatTemplate
 
 # The release of Ollama whose API this is: clients look at the number before they use what came with it.
 _OLLAMA_VERSION: Final = "0.12.11"
@@ -91,12 +93,16 @@ async def show(body: ShowRequest, service: CurrentService) -> JSONResponse:
     """What is known of a model."""
     _model_named(service, body.model or body.name or "")
     description = await _describe(service)
+    modelfile = service.location.modelfile or Modelfile(source=str(service.location.path))
+    messages = [{"role": role, "content": content} for role, content in modelfile.messages]
     return JSONResponse(
         {
-            "license": description.license,
-            "modelfile": f"FROM {service.location.path}\n",
-            "parameters": "",
-            "template": description.template,
+            "license": "\n".join(modelfile.licenses) or description.license,
+            "modelfile": modelfile.render(),
+            "parameters": "\n".join(f"{name:30} {value}" for name, value in modelfile.parameter_lines()),
+            "template": modelfile.template or description.template,
+            "system": modelfile.system,
+            "messages": messages,
             "details": description.details,
             "model_info": model_info(description, verbose=bool(body.verbose)),
             "capabilities": ["completion"],
@@ -112,13 +118,14 @@ async def generate(body: GenerateRequest, request: Request, service: CurrentServ
     model = _model_named(service, body.model)
     if not body.prompt:
         return JSONResponse(answer.loaded())
-    if body.raw or not model.has_template:
+    if body.raw or not (model.has_template or body.template):
         if body.system:
             raise RequestInvalid("this model has no template that a system message could be put into", param="system")
         prompt = await model.encode_prompt(body.prompt)
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
-        prompt = await model.encode_chat([*system, {"role": "user", "content": body.prompt}])
+        template = _compiled(model, body.template) if body.template else None
+        prompt = await model.encode_chat([*system, {"role": "user", "content": body.prompt}], template=template)
     return await _respond(request, service, model, prompt, answer)
 
 
@@ -142,6 +149,13 @@ def _model_named(service: Service, name: str) -> LanguageModel:
     return service.loaded_model()
 
 
+def _compiled(model: LanguageModel, source: str) -> ChatTemplate:
+    try:
+        return model.compile_template(source)
+    except ModelfileInvalid as error:
+        raise RequestInvalid(f"template: {error}", param="template") from None
+
+
 async def _describe(service: Service) -> Description:
     service.loaded_model()  # or else there may be no file yet
     return await asyncio.to_thread(describe, service.location.path)
@@ -161,7 +175,7 @@ def _card(name: str, description: Description) -> dict[str, Any]:
 async def _respond(
     request: Request, service: Service, model: LanguageModel, prompt: list[int], answer: "_Answer"
 ) -> Response:
-    deltas = service.generate(model, answer.begin(prompt, model.facts.max_model_len))
+    deltas = service.generate(model, answer.begin(prompt, model))
     if answer.is_streamed:
         return StreamingResponse(answer.lines(deltas), media_type="application/x-ndjson")
     whole = await unless_gone(request, answer.whole(deltas))
@@ -184,7 +198,7 @@ class _Answer:
         self._begun = self._started
         self._num_prompt_tokens = 0
 
-    def begin(self, prompt: list[int], max_model_len: int) -> GenerationRequest:
+    def begin(self, prompt: list[int], model: LanguageModel) -> GenerationRequest:
         """Return what to generate, now that the model is there. What took time until now was not the model's work.
 
         Raises:
@@ -192,8 +206,8 @@ class _Answer:
         """
         self._begun = time.monotonic_ns()
         self._num_prompt_tokens = len(prompt)
-        parameters = self._body.parameters
-        max_tokens = max_tokens_of(parameters, len(prompt), max_model_len)
+        parameters = model.parameters | self._body.parameters
+        max_tokens = max_tokens_of(parameters, len(prompt), model.facts.max_model_len)
         return GenerationRequest(
             request_id=f"ollama-{uuid.uuid4().hex}",
             prompt_token_ids=prompt,

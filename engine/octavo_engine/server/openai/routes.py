@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.generation import GenerationRequest, LanguageModel
+from octavo_engine.parameters import stop_strings, with_defaults
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.openai.answers import answer
 from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
@@ -115,11 +116,12 @@ def _generation(
 ) -> GenerationRequest:
     model.check_token_ids(body.stop_token_ids or (), "stop_token_ids")
     model.check_token_ids(tuple(body.logit_bias or ()), "logit_bias")
+    given = {name for name in body.model_fields_set if getattr(body, name) is not None}
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
-        sampling=body.sampling(max_tokens, grammar),
-        stop=body.stop or (),
+        sampling=with_defaults(body.sampling(max_tokens, grammar), model.parameters, given),
+        stop=stop_strings(model.parameters) if body.stop is None else body.stop,
         include_stop=bool(body.include_stop_str_in_output),
         num_choices=body.n or 1,
         show_control=body.skip_special_tokens is False,

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo_engine.errors import ModelfileInvalid
+from octavo_engine.modelfile import Modelfile, parse_modelfile
+
+WHOLE = '''\
+# a comment
+from llama3.2:1b
+REQUIRES 0.6.0
+
+PARAMETER temperature 0.5
+parameter stop "<|im_end|>"
+PARAMETER stop """a "b"
+c"""
+PARAMETER mirostat 0
+TEMPLATE """{{ if .System }}{{ .System }}
+{{ end }}{{ .Prompt }}"""
+SYSTEM You are "Mario" # and this is no comment
+MESSAGE user Is 3 a number?
+MESSAGE assistant "yes"
+LICENSE """
+Do what you want.
+"""
+'''
+
+
+def test_every_instruction_is_read() -> None:
+    assert parse_modelfile(WHOLE) == Modelfile(
+        source="llama3.2:1b",
+        requires="0.6.0",
+        parameters={"temperature": 0.5, "stop": ("<|im_end|>", 'a "b"\nc')},
+        template="{{ if .System }}{{ .System }}\n{{ end }}{{ .Prompt }}",
+        system='You are "Mario" # and this is no comment',
+        messages=(("user", "Is 3 a number?"), ("assistant", "yes")),
+        licenses=("\nDo what you want.\n",),
+    )
+
+
+def test_lines_may_end_as_windows_ends_them() -> None:
+    assert parse_modelfile("FROM a\r\n\r\nSYSTEM hi\r\n") == Modelfile(source="a", system="hi")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "there is no FROM"),
+        ("FROM a\nFROM b", "line 2: a second FROM"),
+        ("\nFROM", "line 2: 'FROM' is not an instruction with a value"),
+        ('FROM ""', "line 1: FROM names no model"),
+        ("FROM a\n\nADAPTER x.gguf", "line 3: ADAPTER is not supported: this engine has no LoRA"),
+        ("FROM a\nRENDERER qwen3", "line 2: RENDERER is not supported"),
+        ("FROM a\nTEMPERATURE 1", "line 2: TEMPERATURE is not an instruction; there are FROM"),
+        ("FROM a\nPARAMETER temperature hot", "line 2: PARAMETER temperature is 'hot', not a number"),
+        ("FROM a\n# x\nPARAMETER num_thread 8", "line 3: PARAMETER num_thread 8 is not supported: "),
+        ("FROM a\nPARAMETER colour red", "line 2: PARAMETER there is no parameter 'colour'"),
+        ("FROM a\nPARAMETER temperature", "line 2: a parameter's name and a value are missing"),
+        ("FROM a\nMESSAGE robot hi", "line 2: MESSAGE: 'robot' is not a role"),
+        ('FROM a\nSYSTEM """x\ny', "line 2: a text that begins with a quote does not end"),
+        ("FROM a\nTEMPLATE {{ .Promt }}", "line 2: TEMPLATE line 1: the field .Promt is not one"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(text: str, problem: str) -> None:
+    with pytest.raises(ModelfileInvalid, match=problem):
+        parse_modelfile(text)
+
+
+texts = st.text(st.sampled_from('ab "#\n\r\t:{é') | st.characters(codec="utf-8"), max_size=20)
+filled = texts.filter(bool)
+modelfiles = st.builds(
+    Modelfile,
+    source=filled,
+    parameters=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 2),
+            "top_k": st.integers(-1, 100),
+            "num_ctx": st.integers(2, 10**6),
+            "stop": st.lists(filled, min_size=1, max_size=3).map(tuple),
+        },
+    ),
+    template=st.sampled_from(["", "{{ .Prompt }}", '{{ if eq .Prompt "a" }}\n"""x{{ end }}"']),
+    system=texts,
+    messages=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), texts), max_size=3).map(tuple),
+    licenses=st.lists(texts, max_size=2).map(tuple),
+    requires=texts,
+)
+
+
+@settings(deadline=None)
+@given(modelfiles)
+def test_what_is_written_is_read_as_the_same(modelfile: Modelfile) -> None:
+    try:
+        text = modelfile.render()
+    except ModelfileInvalid as error:
+        assert "cannot be written" in str(error)  # noqa: PT017 - few texts, and hypothesis finds them
+        return
+    assert parse_modelfile(text) == modelfile
+
+
+def test_what_a_modelfile_does_not_say_stays_as_its_base_has_it() -> None:
+    base = Modelfile(source="w.gguf", system="old", parameters={"top_k": 1, "seed": 2}, licenses=("L",))
+    over = Modelfile(source="base", system="new", parameters={"top_k": 3})
+    assert over.over(base) == Modelfile(
+        source="w.gguf", system="new", parameters={"top_k": 3, "seed": 2}, licenses=("L",)
+    )
