@@ -43,7 +43,7 @@ run: venv ## Chat with the demo model on the terminal, no cluster
 .PHONY: test
 test: lint ## Everything CI runs: lint, unit, API server, e2e on a real cluster
 	@$(CLUSTER) prepare
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest --numprocesses=2 --dist=loadscope
 
 .PHONY: test-unit
 test-unit: venv ## Only the tests that need neither the model nor an API server nor a cluster
