@@ -26,7 +26,7 @@ def test_the_openai_client_streams_an_answer_through_the_service(served: Workspa
     ):
         stream = client.chat.completions.create(
             model="smollm2",
-            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            messages=[{"role": "user", "content": "Where is the Eiffel Tower?"}],
             temperature=0,
             max_tokens=32,
             stream=True,

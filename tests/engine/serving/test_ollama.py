@@ -246,11 +246,11 @@ def test_ollamas_client_talks_to_the_real_model(smollm2_path: Path, serve: Serve
         assert shown.modelinfo is not None
         assert shown.modelinfo["llama.block_count"] == 30
         assert shown.modelinfo["tokenizer.ggml.tokens"] is None
-        question = [{"role": "user", "content": "What is the capital of France?"}]
+        question = [{"role": "user", "content": "Where is the Eiffel Tower?"}]
         options = {"temperature": 0, "num_predict": 24}
         whole = client.chat(model="smollm2", messages=question, options=options)
-        assert whole.message.content
-        assert whole.eval_count == 24 or whole.done_reason == "stop"
+        assert "Paris" in (whole.message.content or "")
+        assert whole.done_reason == "stop"
         parts = list(client.chat(model="smollm2", messages=question, options=options, stream=True))
         assert "".join(part.message.content or "" for part in parts) == whole.message.content
         with pytest.raises(ResponseError, match="context"):
