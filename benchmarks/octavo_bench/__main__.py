@@ -143,8 +143,11 @@ async def _with_speeds(
             if watch is not None:
                 watch.cancel()
                 peak = max(peak, await watch)
-            row.cells.append(results.summarise(work, seen, machine=machine, bytes_per_step=engine.bytes_per_step))
-            say(f"    {engine.name}, {work.name}: {row.cells[-1].tokens_per_second:.1f} tokens/s")
+            cell = results.summarise(
+                work, seen, machine=machine, bytes_per_step=engine.bytes_per_step, peak=engine.peak
+            )
+            row.cells.append(cell)
+            say(f"    {engine.name}, {work.name}: {cell.tokens_per_second:.1f} tokens/s")
         used, began = processes.cpu_seconds(server.pid), time.perf_counter()
         await asyncio.sleep(_IDLE_SECONDS)
         idle = (processes.cpu_seconds(server.pid) - used) / (time.perf_counter() - began)

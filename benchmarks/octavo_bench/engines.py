@@ -106,6 +106,7 @@ class Engine:
     is_octavo: bool
     weights: str  # which form of the model it computes with, for readers
     bytes_per_step: int  # weights that one step reads
+    peak: str  # which figure of machine.py is that of its arithmetic
     command: Sequence[str | Path]  # without the port
     dialect: Dialect
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -146,7 +147,8 @@ def _octavo(name: str, weights: peers.Weights, dtype: str) -> Engine:
         name=name,
         is_octavo=True,
         weights=f"Q4_1, --dtype {dtype}",
-        bytes_per_step=weights.stored.stat().st_size,
+        bytes_per_step=weights.stored.stat().st_size if dtype == "auto" else _dense_bytes(weights, dtype),
+        peak="int8_gop_per_s" if dtype == "auto" else f"{dtype}_gflop_per_s",
         command=_vllms_words(octavo, weights.stored, dtype),
         dialect=OpenAIDialect(),
         health="/ready",
@@ -160,6 +162,7 @@ def _llama_cpp(name: str, model: Path, what: str) -> Engine:
         is_octavo=False,
         weights=what,
         bytes_per_step=model.stat().st_size,
+        peak="int8_gop_per_s",
         command=[
             *(peers.llama_cpp("llama-server"), "--model", model, "--alias", MODEL_NAME, "--host", "127.0.0.1"),
             *("--threads", threads, "--parallel", str(NUM_USERS), "--ctx-size", str(NUM_USERS * _CONTEXT)),
@@ -170,12 +173,12 @@ def _llama_cpp(name: str, model: Path, what: str) -> Engine:
 
 
 def _vllm(name: str, weights: peers.Weights, dtype: str) -> Engine:
-    width = {"bfloat16": 2, "float32": 4}[dtype]
     return Engine(
         name=name,
         is_octavo=False,
         weights=f"{dtype}, from the float32 form",
-        bytes_per_step=(weights.transformers / "model.safetensors").stat().st_size * width // 4,
+        bytes_per_step=_dense_bytes(weights, dtype),
+        peak=f"{dtype}_gflop_per_s",
         command=_vllms_words(peers.vllm(), weights.transformers, dtype),
         dialect=OpenAIDialect(),
         environment={
@@ -185,6 +188,11 @@ def _vllm(name: str, weights: peers.Weights, dtype: str) -> Engine:
             "HF_HUB_OFFLINE": "1",
         },
     )
+
+
+def _dense_bytes(weights: peers.Weights, dtype: str) -> int:
+    width = {"bfloat16": 2, "float32": 4}[dtype]
+    return (weights.transformers / "model.safetensors").stat().st_size * width // 4
 
 
 def _vllms_words(program: Path, model: Path, dtype: str) -> list[str | Path]:

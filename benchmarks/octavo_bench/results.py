@@ -36,7 +36,7 @@ class Cell:
     gap_p99: float
     client_share: float  # of one core, taken by the load generator
     memory_roofline: float  # least bytes that a decode step reads / (median gap x memory speed)
-    compute_roofline: float  # operations of a decode step / (median gap x peak of the machine)
+    compute_roofline: float  # operations of a decode step / (median gap x the machine's peak in the engine's type)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Results:
     rows: list[Row]
 
 
-def summarise(work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step: int) -> Cell:
+def summarise(work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step: int, peak: str) -> Cell:
     """Sum up what the users of one cell saw.
 
     Args:
@@ -74,11 +74,13 @@ def summarise(work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step
         seen: by them.
         machine: with its measured speeds.
         bytes_per_step: of weights.
+        peak: the machine's figure for the engine's arithmetic. Where torch has no fast products in that type float32's,
+            which everything can be computed in, is the larger one and counts.
     """
     gap = statistics.median(seen.gap_seconds)
     num_users = work.num_users
     step_bytes = bytes_per_step + num_users * _mean_context(work) * _KV_BYTES_PER_TOKEN
-    peak = max(machine["float32_gflop_per_s"], machine["bfloat16_gflop_per_s"]) * 1e9
+    operations_per_second = max(machine[peak], machine["float32_gflop_per_s"]) * 1e9
     return Cell(
         work=work.name,
         num_users=num_users,
@@ -93,7 +95,7 @@ def summarise(work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step
         gap_p99=percentile(seen.gap_seconds, 99),
         client_share=seen.client_cpu_seconds / seen.seconds,
         memory_roofline=step_bytes / (machine["memory_gb_per_s"] * 1e9) / gap,
-        compute_roofline=2 * _PARAMETERS * num_users / peak / gap,
+        compute_roofline=2 * _PARAMETERS * num_users / operations_per_second / gap,
     )
 
 

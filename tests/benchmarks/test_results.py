@@ -35,7 +35,9 @@ def seen(seconds: float) -> client.Seen:
 
 def cell(seconds: float) -> results.Cell:
     work = client.Work("2 users", 2, [client.Job([1] * 10, 100)] * 2)
-    return results.summarise(work, seen(seconds), machine=MACHINE, bytes_per_step=100_000_000)
+    return results.summarise(
+        work, seen(seconds), machine=MACHINE, bytes_per_step=100_000_000, peak="bfloat16_gflop_per_s"
+    )
 
 
 def test_a_cell_sums_up_what_the_users_saw() -> None:
