@@ -1,6 +1,7 @@
 """What keeps pods from serving, from the words in which Kubernetes says it: causes, and the field that mends them.
 
-The words were recorded from a 1.34 scheduler, kubelet and API server. test_status.py has what becomes of a finding.
+The words follow those of Kubernetes 1.34's scheduler, kubelet and API server; e2e/test_causes.py has real
+ones. test_status.py has what becomes of a finding.
 """
 
 from dataclasses import replace

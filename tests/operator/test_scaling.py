@@ -1,4 +1,4 @@
-"""What is told of an autoscaler, and how fast it may be. The words are those of a 1.34 controller manager."""
+"""What is told of an autoscaler, and how fast it may be. The words follow 1.34's controller manager."""
 
 from typing import Any
 

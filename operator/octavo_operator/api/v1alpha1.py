@@ -128,7 +128,8 @@ class EngineSpec(Model):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Type of computation and KV cache. auto: bfloat16 where the hardware computes it, else float32.",
+        description="Type of computation and KV cache. auto: on CPUs int8 with quantised weights, else bfloat16 "
+        "where the hardware computes it, else float32.",
     )
     max_model_len: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         default=None,
