@@ -135,7 +135,8 @@ async def test_an_unknown_model_is_not_found_and_the_tag_latest_is(ollama: Async
     ("body", "message"),
     [
         ({"prompt": "Hi", "images": ["aGk="]}, "images: "),
-        ({"prompt": "Hi", "format": "json"}, "format: "),
+        ({"prompt": "Hi", "format": "yaml"}, "format"),
+        ({"prompt": "Hi", "format": {"type": "strin"}}, "format cannot be used: Invalid type: strin"),
         ({"prompt": "Hi", "suffix": "x"}, "suffix: "),
         ({"prompt": "Hi", "template": "{{ .Prmpt }}"}, "template: line 1: the field .Prmpt"),
         ({"prompt": "Hi", "raw": True, "template": "x"}, "template: template does not go with raw"),
@@ -253,5 +254,15 @@ def test_ollamas_client_talks_to_the_real_model(smollm2_path: Path, serve: Serve
         assert whole.done_reason == "stop"
         parts = list(client.chat(model="smollm2", messages=question, options=options, stream=True))
         assert "".join(part.message.content or "" for part in parts) == whole.message.content
+        schema = {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Rome"]}, "tall": {"type": "boolean"}},
+            "required": ["city", "tall"],
+            "additionalProperties": False,
+        }
+        kept = client.chat(model="smollm2", messages=question, options={"temperature": 0}, format=schema)
+        assert json.loads(kept.message.content or "").keys() == {"city", "tall"}
+        some_object = client.generate(model="smollm2", prompt="A city as JSON:", options={"seed": 1}, format="json")
+        assert some_object.response.startswith("{")  # it may be cut off at the end of the context
         with pytest.raises(ResponseError, match="context"):
             client.generate(model="smollm2", prompt="word " * 600)

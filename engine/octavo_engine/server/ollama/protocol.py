@@ -12,12 +12,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.parameters import Parameters, check_all
-from octavo_engine.server.body import Neutral, Strict, Text, only, without_neutral
+from octavo_engine.server.body import Neutral, Strict, Text, only, schema_text, without_neutral
+from octavo_engine.structured.checker import Wanted
 
 # Fields that clients send, at the values at which they ask for nothing. null always asks for nothing.
 NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "context": only([], instead="send the conversation to /api/chat"),
-    "format": only("", instead="there is no structured output here yet"),
     "height": only(0),
     "images": only([], instead="this engine has no models that see images"),
     "shift": only(False, instead="a full context ends the answer, and nothing of it is dropped"),
@@ -71,6 +71,7 @@ class _GenerationBody(Strict):
     stream: bool | None = None  # null: true
     options: Annotated[dict[str, Any], BeforeValidator(_checked_options)] | None = None
     keep_alive: Annotated[Any, AfterValidator(_seconds)] = None  # seconds
+    format: Literal["", "json"] | dict[str, Any] | None = None  # json: any object; or a schema
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
 
@@ -83,6 +84,15 @@ class _GenerationBody(Strict):
     def parameters(self) -> Parameters:
         """The options."""
         return self.options or {}
+
+    @property
+    def wanted_output(self) -> Wanted | None:
+        """What the answer shall keep to; None: nothing."""
+        if self.format is None or self.format == "":
+            return None
+        schema = {"type": "object"} if self.format == "json" else self.format
+        assert isinstance(schema, dict)
+        return Wanted("json_schema", schema_text(schema, "format"), "format")
 
     @property
     def num_logprobs(self) -> int | None:

@@ -9,6 +9,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -175,7 +176,8 @@ def _card(name: str, description: Description) -> dict[str, Any]:
 async def _respond(
     request: Request, service: Service, model: LanguageModel, prompt: list[int], answer: "_Answer"
 ) -> Response:
-    deltas = service.generate(model, answer.begin(prompt, model))
+    grammar = await service.grammar(answer.wanted_output)
+    deltas = service.generate(model, answer.begin(prompt, model, grammar))
     if answer.is_streamed:
         return StreamingResponse(answer.lines(deltas), media_type="application/x-ndjson")
     whole = await unless_gone(request, answer.whole(deltas))
@@ -192,14 +194,17 @@ class _Answer:
 
     def __init__(self, body: GenerateRequest | ChatRequest, piece: Callable[[str], dict[str, Any]]) -> None:
         self.is_streamed = body.stream is not False
+        self.wanted_output = body.wanted_output
         self._body = body
         self._piece = piece
         self._started = time.monotonic_ns()
         self._begun = self._started
         self._num_prompt_tokens = 0
 
-    def begin(self, prompt: list[int], model: LanguageModel) -> GenerationRequest:
+    def begin(self, prompt: list[int], model: LanguageModel, grammar: str | None) -> GenerationRequest:
         """Return what to generate, now that the model is there. What took time until now was not the model's work.
+
+        `grammar` is what the engine takes for `wanted_output`.
 
         Raises:
             RequestInvalid: the options do not go with this prompt or model.
@@ -211,7 +216,7 @@ class _Answer:
         return GenerationRequest(
             request_id=f"ollama-{uuid.uuid4().hex}",
             prompt_token_ids=prompt,
-            sampling=sampling_params(parameters, max_tokens, self._body.num_logprobs),
+            sampling=replace(sampling_params(parameters, max_tokens, self._body.num_logprobs), grammar=grammar),
             stop=stop_strings(parameters),
         )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from octavo_engine.errors import RequestInvalid
-from octavo_engine.server.body import Strict, Text
+from octavo_engine.server.body import Strict, Text, schema_text
 from octavo_engine.structured.checker import Wanted
 
 _MAX_CHOICES: Final = 10_000
@@ -39,7 +39,7 @@ class ResponseFormat(Strict):
             return None
         schema = self.json_schema.schema_ if self.json_schema is not None else None
         param = "response_format.json_schema.schema" if schema is not None else "response_format"
-        return Wanted("json_schema", _json({"type": "object"} if schema is None else schema, param), param)
+        return Wanted("json_schema", schema_text({"type": "object"} if schema is None else schema, param), param)
 
 
 class StructuredOutputs(Strict):
@@ -62,7 +62,7 @@ class StructuredOutputs(Strict):
         if self.json_ is not None or self.json_object:
             param = "structured_outputs.json" if self.json_ is not None else "structured_outputs.json_object"
             schema = {"type": "object"} if self.json_ is None else self.json_
-            return Wanted("json_schema", schema if isinstance(schema, str) else _json(schema, param), param)
+            return Wanted("json_schema", schema if isinstance(schema, str) else schema_text(schema, param), param)
         if self.regex is not None:
             return Wanted("regex", self.regex, "structured_outputs.regex")
         if self.choice is not None:
@@ -70,10 +70,3 @@ class StructuredOutputs(Strict):
         if self.grammar is not None:
             return Wanted("grammar", self.grammar, "structured_outputs.grammar")
         return None
-
-
-def _json(schema: dict[str, Any], param: str) -> str:
-    try:
-        return json.dumps(schema)
-    except RecursionError:
-        raise RequestInvalid("the schema is nested too deeply", param=param) from None
