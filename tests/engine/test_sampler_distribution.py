@@ -118,7 +118,7 @@ CASES = st.builds(
 
 
 @given(case=CASES)
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_tokens_follow_the_plain_definition_under_all_rules_together(case: Case) -> None:
     expected = distribution(case)
     shares = drawn(case, 1500)

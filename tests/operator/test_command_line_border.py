@@ -4,6 +4,7 @@ The packages never import each other; only here are both at hand.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,14 +14,13 @@ import yaml
 from octavo_engine.arguments import build_parser
 
 GOLDEN: Final = Path(__file__).parent / "golden"
-COMMANDS: Final = ("serve", "run", "plan", "pull", "list", "rm")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     def ignore(options: argparse.Namespace) -> None:
         pass
 
-    return build_parser(dict.fromkeys(COMMANDS, ignore)).parse_args(arguments)
+    return build_parser(defaultdict(lambda: ignore)).parse_args(arguments)
 
 
 def containers(case: str) -> list[dict[str, Any]]:
