@@ -5,7 +5,8 @@
 The folder then holds `hf/` (config, tokenizer and float32 safetensors, for transformers and vLLM) and `f32.gguf` (for
 llama-quantize). Both hold exactly the numbers of the file, dequantised by the gguf package and not by Octavo, so that
 what an engine loses to the reference is its own arithmetic and its own quantisation. Run by peers.py in a process of
-its own, because torch and gigabytes of weights have no place beside the load generator.
+its own, because torch and gigabytes of weights have no place beside the load generator. The engine's tests compare with
+the same model of transformers.
 """
 
 from __future__ import annotations
@@ -36,18 +37,13 @@ def main() -> None:
     """Write both forms."""
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     reader = gguf.GGUFReader(source)
-    tensors = {
-        tensor.name: np.ascontiguousarray(
-            gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist()),
-            dtype=np.float32,
-        )
-        for tensor in reader.tensors
-    }
-    write_gguf(reader, tensors, folder / "f32.gguf")
-    write_transformers(reader, tensors, source, folder / "hf")
+    write_gguf(reader, folder / "f32.gguf")
+    in_transformers(reader).save_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    tokenizer.save_pretrained(folder / "hf")
 
 
-def write_gguf(reader: gguf.GGUFReader, tensors: dict[str, Any], path: Path) -> None:
+def write_gguf(reader: gguf.GGUFReader, path: Path) -> None:
     """The same metadata with float32 tensors."""
     writer = gguf.GGUFWriter(path, _value(reader, "general.architecture"))
     for key, field in reader.fields.items():
@@ -56,7 +52,7 @@ def write_gguf(reader: gguf.GGUFReader, tensors: dict[str, Any], path: Path) -> 
         kind = field.types[0]
         sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(key, field.contents(), kind, sub_type)
-    for name, values in tensors.items():
+    for name, values in _tensors(reader).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -64,12 +60,13 @@ def write_gguf(reader: gguf.GGUFReader, tensors: dict[str, Any], path: Path) -> 
     writer.close()
 
 
-def write_transformers(reader: gguf.GGUFReader, tensors: dict[str, Any], source: Path, folder: Path) -> None:
-    """A checkpoint as transformers keeps it."""
+def in_transformers(reader: gguf.GGUFReader) -> Any:
+    """Return transformers' model with the numbers of the file, in float32 and ready for inference."""
 
     def value(key: str) -> Any:
         return _value(reader, f"llama.{key}")
 
+    tensors = _tensors(reader)
     config = LlamaConfig(
         vocab_size=value("vocab_size"),
         hidden_size=value("embedding_length"),
@@ -85,41 +82,52 @@ def write_transformers(reader: gguf.GGUFReader, tensors: dict[str, Any], source:
         eos_token_id=_value(reader, "tokenizer.ggml.eos_token_id"),
     )
     state = {
-        theirs: _rows_by_half(torch.from_numpy(tensors[ours]), ours, config)
-        for ours, theirs in _names(config).items()
+        theirs: reorder(torch.tensor(tensors[ours]), ours, config, to_gguf=False)
+        for ours, theirs in names(config).items()
         if ours in tensors
     }
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     model: Any = LlamaForCausalLM(config)
     model.load_state_dict(state)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True).save_pretrained(folder)
+    return model.eval()
 
 
-def _value(reader: gguf.GGUFReader, key: str) -> Any:
-    return reader.fields[key].contents()
-
-
-def _names(config: LlamaConfig) -> dict[str, str]:
-    names = {
+def names(config: LlamaConfig) -> dict[str, str]:
+    """GGUF's names of a Llama's tensors -> those of transformers."""
+    found = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight",
     }
     for layer in range(config.num_hidden_layers):
-        names |= {
+        found |= {
             f"blk.{layer}.{ours}.weight": f"model.layers.{layer}.{theirs}.weight"
             for ours, theirs in _LAYER_NAMES.items()
         }
-    return names
+    return found
 
 
-def _rows_by_half(weight: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
-    """GGUF interleaves the two halves of a head's rows in the query and key matrices of a Llama; undo that."""
+def reorder(weight: torch.Tensor, name: str, config: LlamaConfig, *, to_gguf: bool) -> torch.Tensor:
+    """Between the orders of the rows of queries and keys: halves of a head (transformers), or interleaved (GGUF)."""
     if not name.endswith(("attn_q.weight", "attn_k.weight")):
         return weight
-    half = config.hidden_size // config.num_attention_heads // 2
-    return weight.view(-1, half, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+    head_dim = config.hidden_size // config.num_attention_heads
+    split = (-1, 2, head_dim // 2) if to_gguf else (-1, head_dim // 2, 2)
+    return weight.view(*split, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _tensors(reader: gguf.GGUFReader) -> dict[str, Any]:
+    return {
+        tensor.name: np.ascontiguousarray(
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist()),
+            dtype=np.float32,
+        )
+        for tensor in reader.tensors
+    }
+
+
+def _value(reader: gguf.GGUFReader, key: str) -> Any:
+    return reader.fields[key].contents()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     import torch
     from openai import AsyncOpenAI, OpenAI
-    from transformers import LlamaConfig
 
     from octavo_engine.sampler import Chooser
 
@@ -143,36 +142,9 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_in_transformers(smollm2_path: Path) -> Any:
     """The same weights, dequantised to float32 by the gguf package, in transformers' model."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from octavo_bench.weights import in_transformers
 
-    reader = gguf.GGUFReader(smollm2_path)
-
-    def value(key: str) -> Any:
-        return reader.fields[f"llama.{key}"].contents()
-
-    config = LlamaConfig(
-        vocab_size=value("vocab_size"),
-        hidden_size=value("embedding_length"),
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
-        num_attention_heads=value("attention.head_count"),
-        num_key_value_heads=value("attention.head_count_kv"),
-        max_position_embeddings=value("context_length"),
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
-        tie_word_embeddings=True,
-    )
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    state = {}
-    for ours, theirs in _names(config).items():
-        if ours in stored:  # a tied output matrix is not
-            numbers = gguf.quants.dequantize(stored[ours].data, stored[ours].tensor_type)
-            state[theirs] = _reorder(torch.tensor(numbers), ours, config, to_gguf=False)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model: Any = LlamaForCausalLM(config)
-    model.load_state_dict(state)
-    return model.eval()
+    return in_transformers(gguf.GGUFReader(smollm2_path))
 
 
 @pytest.fixture(scope="session")
@@ -244,6 +216,8 @@ def tiny_llama() -> Any:
 @pytest.fixture
 def write_tiny_gguf(tmp_path: Path, tiny_llama: Any) -> WriteGGUF:
     """Writes `tiny_llama` to a file; see WriteGGUF."""
+    from octavo_bench.weights import names, reorder
+
     config = tiny_llama.config
     state = tiny_llama.state_dict()
     own_metadata = {
@@ -256,7 +230,7 @@ def write_tiny_gguf(tmp_path: Path, tiny_llama: Any) -> WriteGGUF:
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "tokenizer.ggml.eos_token_id": 2,
     }
-    own_tensors = {ours: _reorder(state[theirs], ours, config, to_gguf=True) for ours, theirs in _names(config).items()}
+    own_tensors = {ours: reorder(state[theirs], ours, config, to_gguf=True) for ours, theirs in names(config).items()}
 
     def write(
         *, metadata: Mapping[str, Any] | None = None, tensors: Mapping[str, torch.Tensor | None] | None = None
@@ -281,37 +255,3 @@ def write_tiny_gguf(tmp_path: Path, tiny_llama: Any) -> WriteGGUF:
         return path
 
     return write
-
-
-def _names(config: LlamaConfig) -> dict[str, str]:
-    """GGUF's names of a Llama's tensors -> those of transformers."""
-    names = {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-    parts = {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-    for layer in range(config.num_hidden_layers):
-        names |= {
-            f"blk.{layer}.{ours}.weight": f"model.layers.{layer}.{theirs}.weight" for ours, theirs in parts.items()
-        }
-    return names
-
-
-def _reorder(weight: torch.Tensor, name: str, config: LlamaConfig, *, to_gguf: bool) -> torch.Tensor:
-    """Between the orders of the rows of queries and keys: halves of a head (transformers), or interleaved (GGUF)."""
-    if not name.endswith(("attn_q.weight", "attn_k.weight")):
-        return weight
-    head_dim = config.hidden_size // config.num_attention_heads
-    split = (-1, 2, head_dim // 2) if to_gguf else (-1, head_dim // 2, 2)
-    return weight.view(*split, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
