@@ -59,6 +59,9 @@ def run() -> None:
         product.install(cluster, operator, engine)
     with _step(5, f"kubectl apply --filename {SAMPLE.relative_to(paths.PROJECT)}"):
         cluster.kubectl("apply", f"--filename={SAMPLE}", f"--namespace={NAMESPACE}")
+        # Pods of an earlier demo would stay as they are: no upgrade replaces any by itself.
+        update = f"serving.octavo.dev/update={engine.tag}"
+        cluster.kubectl("annotate", f"ois/{SERVICE}", update, "--overwrite", f"--namespace={NAMESPACE}")
     with _step(6, "kubectl wait --for=condition=Ready"):
         _wait_until_ready(cluster)
     with _step(7, "An answer through the Service, by the openai client"), cluster.reach(NAMESPACE, SERVICE) as url:
