@@ -189,6 +189,14 @@ async def test_other_methods_and_paths_are_errors_in_ollamas_shape(unstarted: ht
         assert isinstance(response.json()["error"], str)
 
 
+async def test_routes_that_one_model_cannot_serve_say_so(ollama: AsyncClient) -> None:
+    requests = [ollama.embed(model="fake", input="Hi"), ollama.pull("x"), ollama.delete("x"), ollama.copy("x", "y")]
+    for request in requests:
+        with pytest.raises(ResponseError, match=r"^/api/\w+ is not supported by this server of one model") as caught:
+            await request
+        assert caught.value.status_code == 501
+
+
 async def test_a_failure_amid_a_stream_is_a_line_with_the_error(ollama: AsyncClient, engine: FakeEngine) -> None:
     engine.failing = "POISON"
     with pytest.raises(ResponseError, match="not a number"):

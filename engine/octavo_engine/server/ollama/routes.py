@@ -141,6 +141,29 @@ async def chat(body: ChatRequest, request: Request, service: CurrentService, _ad
     return await _respond(request, service, model, prompt, answer)
 
 
+def _refuse(path: str, way_out: str) -> None:
+    """Answer a route of Ollama's that there is not here, by name."""
+
+    async def refuse() -> Response:
+        raise RequestInvalid(f"{path} is not supported by this server of one model{way_out}", status=501)
+
+    methods = ["DELETE"] if path == "/api/delete" else ["HEAD", "POST"]
+    router.add_api_route(path, refuse, methods=methods, include_in_schema=False)
+
+
+for _path, _way_out in {
+    "/api/create": "; use `octavo create`",
+    "/api/copy": "; use `octavo cp`",
+    "/api/delete": "; use `octavo rm`",
+    "/api/pull": "; use `octavo pull`",
+    "/api/push": "",
+    "/api/blobs/{digest}": "; use `octavo create`, which reads files where they are",
+    "/api/embed": "",
+    "/api/embeddings": "",
+}.items():
+    _refuse(_path, _way_out)
+
+
 def _model_named(service: Service, name: str) -> LanguageModel:
     names = service.config.engine.served_model_names
     if name not in names and name.removesuffix(_LATEST) not in names:
