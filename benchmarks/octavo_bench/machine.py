@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _TRIES = 7
 _SECONDS = 3.0  # no further try after so many: some products have no fast code for some processors
-_SIZE = 2048  # of the square matrices
+_SIZE = 1024  # of the square matrices
 _FEATURES = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
