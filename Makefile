@@ -40,9 +40,13 @@ run: venv ## Chat with the demo model on the terminal, no cluster
 	@$(CLUSTER) model
 	@$(VENV)/bin/octavo run smollm2
 
-.PHONY: test
-test: lint ## Everything CI runs: lint, unit, API server, e2e on a real cluster
+.PHONY: prepare
+prepare: venv ## What the tests and the demo need: programs, images, the model
 	@$(CLUSTER) prepare
+
+.PHONY: test
+test: venv ## Everything CI runs: lint, unit, API server, e2e on a real cluster
+	@$(MAKE) --no-print-directory --jobs=2 lint prepare
 	@$(PYTHON) -m pytest --numprocesses=2 --dist=loadscope
 
 .PHONY: test-unit
