@@ -13,6 +13,7 @@ import openai
 from octavo_cluster import backend, binaries, model, paths, prepare, product, storage
 from octavo_cluster.errors import CommandFailed, HarnessError
 from octavo_cluster.progress import duration, say
+from octavo_operator import names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,7 @@ def run() -> None:
     with _step(5, f"kubectl apply --filename {SAMPLE.relative_to(paths.PROJECT)}"):
         cluster.kubectl("apply", f"--filename={SAMPLE}", f"--namespace={NAMESPACE}")
         # Pods of an earlier demo would stay as they are: no upgrade replaces any by itself.
-        update = f"serving.octavo.dev/update={engine.tag}"
+        update = f"{names.UPDATE_ANNOTATION}={engine.tag}"
         cluster.kubectl("annotate", f"ois/{SERVICE}", update, "--overwrite", f"--namespace={NAMESPACE}")
     with _step(6, "kubectl wait --for=condition=Ready"):
         _wait_until_ready(cluster)
