@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -51,18 +51,6 @@ def without_neutral(body: object, neutral: Mapping[str, Neutral]) -> object:
             way_out = f"; {field.instead}" if field.instead else ""
             raise RequestInvalid(f"the value given is not supported, only {accepted}{way_out}", param=name)
     return {name: value for name, value in body.items() if name not in neutral}
-
-
-def schema_text(schema: dict[str, Any], param: str) -> str:
-    """Return a JSON schema of a request as text, for structured/.
-
-    Raises:
-        RequestInvalid: it is nested too deeply to be written; names `param`.
-    """
-    try:
-        return json.dumps(schema)
-    except RecursionError:
-        raise RequestInvalid("the schema is nested too deeply", param=param) from None
 
 
 class Strict(BaseModel):

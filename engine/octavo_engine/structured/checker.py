@@ -18,7 +18,7 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from octavo_engine.errors import GenerationFailed, RequestInvalid
 from octavo_engine.process import bind_to_parent
@@ -39,6 +39,18 @@ class Wanted:
     kind: Kind
     text: str  # JSON for json_schema and choice; Lark or GBNF for grammar
     param: str  # the request's field, for what is said about it
+
+    @classmethod
+    def json(cls, schema: dict[str, Any] | None, param: str) -> Wanted:
+        """JSON that keeps to a schema; None: any object.
+
+        Raises:
+            RequestInvalid: the schema is nested too deeply to be written.
+        """
+        try:
+            return cls("json_schema", json.dumps({"type": "object"} if schema is None else schema), param)
+        except RecursionError:
+            raise RequestInvalid("the schema is nested too deeply", param=param) from None
 
 
 class GrammarChecker:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.parameters import Parameters, check_all
-from octavo_engine.server.body import Neutral, Strict, Text, only, schema_text, without_neutral
+from octavo_engine.server.body import Neutral, Strict, Text, only, without_neutral
 from octavo_engine.structured.checker import Wanted
 
 # Fields that clients send, at the values at which they ask for nothing. null always asks for nothing.
@@ -90,9 +90,7 @@ class _GenerationBody(Strict):
         """What the answer shall keep to; None: nothing."""
         if self.format is None or self.format == "":
             return None
-        schema = {"type": "object"} if self.format == "json" else self.format
-        assert isinstance(schema, dict)
-        return Wanted("json_schema", schema_text(schema, "format"), "format")
+        return Wanted.json(self.format if isinstance(self.format, dict) else None, "format")
 
     @property
     def num_logprobs(self) -> int | None:

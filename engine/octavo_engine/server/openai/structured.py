@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from octavo_engine.errors import RequestInvalid
-from octavo_engine.server.body import Strict, Text, schema_text
+from octavo_engine.server.body import Strict, Text
 from octavo_engine.structured.checker import Wanted
 
 _MAX_CHOICES: Final = 10_000
@@ -39,7 +39,7 @@ class ResponseFormat(Strict):
             return None
         schema = self.json_schema.schema_ if self.json_schema is not None else None
         param = "response_format.json_schema.schema" if schema is not None else "response_format"
-        return Wanted("json_schema", schema_text({"type": "object"} if schema is None else schema, param), param)
+        return Wanted.json(schema, param)
 
 
 class StructuredOutputs(Strict):
@@ -59,10 +59,11 @@ class StructuredOutputs(Strict):
 
     def wanted(self) -> Wanted | None:
         """Return what the answer shall keep to; None: nothing is asked for."""
+        if isinstance(self.json_, str):
+            return Wanted("json_schema", self.json_, "structured_outputs.json")
         if self.json_ is not None or self.json_object:
-            param = "structured_outputs.json" if self.json_ is not None else "structured_outputs.json_object"
-            schema = {"type": "object"} if self.json_ is None else self.json_
-            return Wanted("json_schema", schema if isinstance(schema, str) else schema_text(schema, param), param)
+            given = "json_object" if self.json_ is None else "json"
+            return Wanted.json(self.json_, f"structured_outputs.{given}")
         if self.regex is not None:
             return Wanted("regex", self.regex, "structured_outputs.regex")
         if self.choice is not None:
