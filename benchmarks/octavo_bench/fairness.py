@@ -1,0 +1,110 @@
+"""`python -m octavo_bench.fairness`: what a long prompt does to the first tokens of short ones, through a real server.
+
+Short prompts come one after the other, at random moments: first alone, then while one prompt of 7,000 tokens after the
+other is prefilled. The bound is that of issue 4: the slowest first token in a hundred may take twice what it takes on
+an idle server, and one step. A step is what a request that decodes beside the long prompt waits for its next token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import statistics
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from octavo_bench import peers
+from octavo_bench.client import Job, Seen, ask
+from octavo_bench.engines import MODEL_NAME, all_engines, serving
+from octavo_bench.results import percentile
+from octavo_cluster import paths
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+# ruff: noqa: T201 - printing is what this is for
+
+_NUM_SHORT: Final = 200
+_SHORT_TOKENS: Final = 100
+_LONG_TOKENS: Final = 7000
+_CONTEXT: Final = 8192
+_NUM_STEPS: Final = 40
+_MAX_PAUSE_SECONDS: Final = 0.5  # longer than a step, so that requests come at any moment of one
+_rng: Final = random.Random("fairness")  # noqa: S311 - prompts and pauses, not secrets
+
+
+def main() -> None:
+    """Measure and print."""
+    asyncio.run(_measure())
+
+
+async def _measure() -> None:
+    (engine,) = all_engines(["octavo"], peers.weights())
+    command = [str(_CONTEXT) if word == "1024" else word for word in engine.command]
+    log = paths.cache_dir() / "logs" / "bench-fairness.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with serving(replace(engine, command=command), log) as server:
+        await _shorts(server.url, 10)
+        idle = await _shorts(server.url, _NUM_SHORT)
+        long_alone = await _first_token(server.url, _LONG_TOKENS)
+        async with _long_prompts(server.url):
+            step = await _gaps(server.url)
+        async with _long_prompts(server.url) as long_seconds:
+            loaded = await _shorts(server.url, _NUM_SHORT)
+    _print("100 tokens, idle", idle)
+    _print("100 tokens, beside 7,000", loaded)
+    _print("step beside 7,000", step)
+    print(f"7,000 tokens: {long_alone:.2f} s alone, {statistics.mean(long_seconds):.2f} s beside the short ones")
+    bound = 2 * percentile(idle, 99) + percentile(step, 99)
+    print(f"p99 {percentile(loaded, 99):.3f} s, bound {bound:.3f} s: {percentile(loaded, 99) / bound:.2f} of it")
+
+
+def _print(what: str, seconds: Sequence[float]) -> None:
+    print(f"{what:26} p50 {percentile(seconds, 50):.3f} s, p99 {percentile(seconds, 99):.3f} s, {len(seconds)} samples")
+
+
+async def _shorts(url: str, count: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        await asyncio.sleep(_rng.uniform(0, _MAX_PAUSE_SECONDS))
+        seconds.append(await _first_token(url, _SHORT_TOKENS))
+    return seconds
+
+
+async def _first_token(url: str, num_tokens: int) -> float:
+    seen = Seen()
+    await ask(url, MODEL_NAME, Job(_prompt(num_tokens), 2), seen)
+    return seen.first_token_seconds[0]
+
+
+async def _gaps(url: str) -> list[float]:
+    seen = Seen()
+    await ask(url, MODEL_NAME, Job(_prompt(_SHORT_TOKENS), _NUM_STEPS), seen)
+    return seen.gap_seconds
+
+
+@contextlib.asynccontextmanager
+async def _long_prompts(url: str) -> AsyncIterator[list[float]]:
+    """One long prompt after the other; the seconds to the first token of each that was answered."""
+    seconds: list[float] = []
+
+    async def ask_on() -> None:
+        while True:
+            seconds.append(await _first_token(url, _LONG_TOKENS))
+
+    asking = asyncio.create_task(ask_on())
+    try:
+        yield seconds
+    finally:
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
+
+
+def _prompt(num_tokens: int) -> list[int]:
+    return _rng.choices(range(1000, 30000), k=num_tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`python -m octavo_bench.http_cost`: what HTTP and streaming cost beside the engine, at 32 users.
+
+The same requests go through the server and, in turns, to an engine process driven directly, with no HTTP and no text.
+Printed are tokens/s of both, and the processor time of the API process as a share of the engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from typing import TYPE_CHECKING, Final
+
+from octavo_bench import client, peers, processes
+from octavo_bench.engines import MODEL_NAME, NUM_USERS, all_engines, serving
+from octavo_cluster import paths
+from octavo_engine.client import EngineClient
+from octavo_engine.config import EngineConfig
+from octavo_engine.plan import SamplingParams
+from octavo_engine.transport import spawn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from octavo_bench.engines import Engine
+
+# ruff: noqa: T201 - printing is what this is for
+
+_TURNS: Final = 3
+_NUM_REQUESTS: Final = 128
+
+
+def main() -> None:
+    """Measure and print."""
+    asyncio.run(_measure())
+
+
+async def _measure() -> None:
+    weights = peers.weights()
+    (engine,) = all_engines(["octavo"], weights)
+    work = client.fixed_work(NUM_USERS, _NUM_REQUESTS)
+    served, direct, shares = [], [], []
+    for _ in range(_TURNS):
+        speed, share = await _through_http(engine, work)
+        served.append(speed)
+        shares.append(share)
+        direct.append(await _directly(weights.stored, work))
+        print(
+            f"through HTTP {served[-1]:.1f} tokens/s, directly {direct[-1]:.1f}: {served[-1] / direct[-1]:.3f}; "
+            f"API process {100 * shares[-1]:.1f} % of the engine's processor time"
+        )
+    ratio, share = statistics.median(served) / statistics.median(direct), statistics.median(shares)
+    print(f"medians: {ratio:.3f} of the direct speed; {100 * share:.1f} % of the engine's processor time")
+
+
+async def _through_http(engine: Engine, work: client.Work) -> tuple[float, float]:
+    """Tokens per second, and the API process' processor time over the engine's."""
+    log = paths.cache_dir() / "logs" / "bench-http-cost.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with serving(engine, log) as server:
+        (core,) = (pid for pid in processes.tree(server.pid) if pid != server.pid)
+        await client.run(server.url, MODEL_NAME, client.fixed_work(NUM_USERS, NUM_USERS))
+        before, core_before = processes.cpu_seconds(server.pid), processes.cpu_seconds(core)
+        seen = await client.run(server.url, MODEL_NAME, work)
+        core_used = processes.cpu_seconds(core) - core_before
+        used = processes.cpu_seconds(server.pid) - before - core_used
+    return seen.num_output_tokens / seen.seconds, used / core_used
+
+
+async def _directly(model: Path, work: client.Work) -> float:
+    """Tokens per second."""
+    engine = await EngineClient.start(*spawn(EngineConfig(model=model, served_model_names=("m",), max_model_len=1024)))
+    try:
+        await engine.ready()
+        await _run(engine, client.fixed_work(NUM_USERS, NUM_USERS))
+        return await _run(engine, work)
+    finally:
+        await engine.close()
+
+
+async def _run(engine: EngineClient, work: client.Work) -> float:
+    jobs = enumerate(work.jobs)
+    num_tokens = 0
+
+    async def user() -> None:
+        nonlocal num_tokens
+        for number, job in jobs:
+            sampling = SamplingParams(max_tokens=job.num_output_tokens, temperature=0, ignore_eos=True)
+            async for update in engine.generate(f"r{number}", job.prompt, sampling):
+                num_tokens += len(update.token_ids)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(user() for _ in range(work.num_users)))
+    return num_tokens / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
