@@ -15,18 +15,23 @@ struct GroupSum {
 };
 #else
 // Sums of byte products are 16 bits wide here, so weights are taken in halves of 4 bits.
+inline void add_products(Shorts& sum, Bytes weights, Bytes x) {
+  sum += dot_byte_pairs(weights, x);
+  // Sums of integers may be reordered, and GCC computes all products of a group first: more than there are registers.
+  asm("" : "+x"(sum));
+}
 template <bool k4Bit>
 struct GroupSum {
   Shorts low{};
-  void add(Bytes weights, Bytes x) { low += dot_byte_pairs(weights, x); }
+  void add(Bytes weights, Bytes x) { add_products(low, weights, x); }
   Ints sum() const { return add_pairs(low, 1); }
 };
 template <>
 struct GroupSum<false> {
   Shorts low{}, high{};
   void add_halves(Bytes weights_low, Bytes weights_high, Bytes x) {
-    low += dot_byte_pairs(weights_low, x);
-    high += dot_byte_pairs(weights_high, x);
+    add_products(low, weights_low, x);
+    add_products(high, weights_high, x);
   }
   Ints sum() const { return add_pairs(low, 1) + add_pairs(high, 16); }
 };
