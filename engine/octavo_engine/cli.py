@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from octavo_engine.server.run import serve
+    from octavo_engine import transport
 
     location = _locate(options.model, options.revision)
     config = ServerConfig(
@@ -79,7 +79,11 @@ def _serve(options: argparse.Namespace) -> None:
         ssl_certfile=options.ssl_certfile,
         ssl_ca_certs=options.ssl_ca_certs,
     )
-    serve(config, location, _hub(os.environ))
+    # The engine's imports take seconds, and so do those of the server: they run beside each other.
+    started = None if location.is_missing else transport.spawn(config.engine)
+    from octavo_engine.server.run import serve
+
+    serve(config, location, _hub(os.environ), started)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from octavo_engine.messages import RequestUpdate, SchedulerStats, ToEngine
     from octavo_engine.plan import SamplingParams
 
-    Spawn = Callable[[EngineConfig], tuple["EngineProcess", socket.socket]]  # transport.spawn, or a fake in tests
+    Started = tuple["EngineProcess", socket.socket]  # and this side's end of the socket between both
+    Spawn = Callable[[EngineConfig], Started]  # transport.spawn, or a fake in tests
 
 _EXIT_SECONDS: Final = 5.0  # how long the engine gets to end by itself
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from octavo_engine import transport
 from octavo_engine.errors import ConfigError, EngineDead
 from octavo_engine.server.app import CONNECTED_AT, create_app
 from octavo_engine.server.service import Service
@@ -25,6 +26,7 @@ from octavo_engine.server.service import Service
 if TYPE_CHECKING:
     from types import FrameType
 
+    from octavo_engine.client import Started
     from octavo_engine.config import ServerConfig
     from octavo_engine.store.local import Location
     from octavo_engine.store.pull import Hub
@@ -36,8 +38,8 @@ _TELL_SECONDS: Final = 3.0  # how long /health tells of a dead engine before thi
 _log = logging.getLogger(__name__)
 
 
-def serve(config: ServerConfig, location: Location, hub: Hub) -> None:
-    """Serve until a signal comes, then drain.
+def serve(config: ServerConfig, location: Location, hub: Hub, started: Started | None) -> None:
+    """Serve until a signal comes, then drain. The engine is `started`, or will be when the model is there.
 
     Raises:
         UserError: the model cannot be served, the address cannot be listened on, or a file with keys or certificates
@@ -45,11 +47,14 @@ def serve(config: ServerConfig, location: Location, hub: Hub) -> None:
         EngineDead: the engine process ended by itself.
     """
     with listen(config.host, config.port) as sock:
-        asyncio.run(_serve(config, location, hub, sock))
+        asyncio.run(_serve(config, location, hub, started, sock))
 
 
-async def _serve(config: ServerConfig, location: Location, hub: Hub, sock: socket.socket) -> None:
-    await run_service(Service(config, location, hub), sock)
+async def _serve(
+    config: ServerConfig, location: Location, hub: Hub, started: Started | None, sock: socket.socket
+) -> None:
+    spawn = transport.spawn if started is None else lambda _config: started
+    await run_service(Service(config, location, hub, spawn), sock)
 
 
 async def run_service(service: Service, sock: socket.socket) -> None:
