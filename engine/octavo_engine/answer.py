@@ -63,6 +63,7 @@ class Answer:
         include_stop: what ended the text (a stop string or a stop token) is part of it.
         min_tokens: as SamplingParams.
         show_control: control tokens are text too.
+        shown_ids: control tokens that are text whatever `show_control` says.
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Answer:
         include_stop: bool = False,
         min_tokens: int = 0,
         show_control: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.has_ended = False
         self._choice = choice
         self._token_bytes = tokenizer.token_bytes
-        self._detokenizer = Detokenizer(tokenizer.token_bytes, () if show_control else tokenizer.control_ids)
+        hidden_ids = frozenset[int]() if show_control else tokenizer.control_ids - shown_ids
+        self._detokenizer = Detokenizer(tokenizer.token_bytes, hidden_ids)
         self._stop = StopStrings(stop, include=include_stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens

@@ -187,6 +187,12 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="names that clients use; responses carry the first (default: the model's own)",
     )
     group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="PATH",
+        help="write prompts of chats as this file's jinja2 template does (default: as the model's own does)",
+    )
+    group.add_argument(
         "--max-num-queued-reqs",
         type=whole(0),
         metavar="N",

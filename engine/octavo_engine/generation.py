@@ -11,15 +11,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine.answer import Answer
-from octavo_engine.errors import GenerationFailed, RequestInvalid
+from octavo_engine.errors import ConfigError, GenerationFailed, RequestInvalid
 from octavo_engine.parameters import max_tokens_of
+from octavo_engine.text import thoughts
 from octavo_engine.text.load import load_tokenizer
+from octavo_engine.text.message import MessageFormat
 from octavo_engine.text.template import ChatTemplate, Message
 from octavo_engine.text.tokenizer import Segment
+from octavo_engine.text.tools import FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
     from pathlib import Path
+    from typing import Any
 
     from octavo_engine.answer import TextDelta
     from octavo_engine.client import EngineClient
@@ -28,8 +32,10 @@ if TYPE_CHECKING:
     from octavo_engine.parameters import Parameters
     from octavo_engine.plan import SamplingParams
     from octavo_engine.text.tokenizer import Tokenizer
+    from octavo_engine.text.tools import Tool, ToolChoice, ToolFormat
 
 _INLINE_CHARACTERS: Final = 10_000  # longer texts are tokenised in a thread, so that other requests are answered
+_TAG_TOKENS: Final = 16  # in so many tokens at its end a prompt has the tag that begins a thought, if it has one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,7 @@ class GenerationRequest:
     include_stop: bool = False  # what ended the text (stop string or stop token) is part of it
     num_choices: int = 1  # answers to generate
     show_control: bool = False  # control tokens are part of the text
+    shown_ids: frozenset[int] = frozenset()  # these control tokens are in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +63,25 @@ class TextModel:
     parameters: Parameters = field(default_factory=dict)  # for what a request does not say
 
     @classmethod
-    def load(cls, path: Path, modelfile: Modelfile | None = None) -> TextModel:
+    def load(cls, path: Path, modelfile: Modelfile | None = None, chat_template: Path | None = None) -> TextModel:
         """Build it from a GGUF file or a folder with a tokenizer.json, without the weights.
 
+        Args:
+            path: of the file or folder.
+            modelfile: what the model was made by.
+            chat_template: a file with a jinja2 template that takes the place of the model's and the Modelfile's.
+
         Raises:
+            ConfigError: `chat_template` cannot be read.
             ModelNotFound, ModelInvalid, ModelUnsupported: the files are not what they should be.
             ModelfileInvalid: the template of `modelfile` is wrong.
         """
         tokenizer = load_tokenizer(path)
-        template = ChatTemplate(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else None
+        source = tokenizer.chat_template if chat_template is None else _read_template(chat_template)
+        template = ChatTemplate(source, tokenizer) if source else None
         if modelfile is None:
             return cls(tokenizer, template)
-        if modelfile.template:
+        if modelfile.template and chat_template is None:
             template = ChatTemplate(modelfile.template, tokenizer, "go")
         opening = tuple({"role": role, "content": content} for role, content in modelfile.messages)
         return cls(tokenizer, template, modelfile.system, opening, modelfile.parameters)
@@ -105,26 +119,85 @@ class LanguageModel:
         return ChatTemplate(source, self._tokenizer, "go")
 
     async def encode_chat(
-        self, messages: Sequence[Message], *, template: ChatTemplate | None = None, must_fit: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        arguments: Mapping[str, Any] | None = None,
+        template: ChatTemplate | None = None,
+        must_fit: bool = True,
     ) -> list[int]:
         """Return the prompt for the next assistant message. Control tokens in messages are ordinary text.
 
         Before them comes what the model's Modelfile has: its messages and, unless they bring one, its system message.
-        `template` takes the place of the model's.
+
+        Args:
+            messages: of the conversation.
+            tools: that the model is told of.
+            arguments: for the template (vLLM's chat_template_kwargs).
+            template: takes the place of the model's.
+            must_fit: refuse a prompt that is too long, and not only one that is far too long, as can be told without
+                reading it.
 
         Raises:
-            RequestInvalid: the template refuses the messages, or the prompt is too long (without `must_fit`: far too
-                long, as can be told without reading it).
+            RequestInvalid: the template refuses the messages, has no use for tools or arguments, or the prompt is too
+                long.
         """
         template = template or self._template
         if template is None:
             raise RequestInvalid(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
+        if tools:
+            self.tool_format(template)
+        _check_arguments(template, arguments or {})
         brings_system = bool(messages) and messages[0]["role"] == "system"
         system: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
         told = [*([] if brings_system else system), *self._opening, *messages]
-        return await self._encode(template.render(told), "messages", must_fit=must_fit)
+        segments = template.render(told, [tool.described for tool in tools], arguments)
+        return await self._encode(segments, "messages", must_fit=must_fit)
+
+    def tool_format(self, template: ChatTemplate | None = None) -> ToolFormat:
+        """Return how the model calls tools.
+
+        Raises:
+            RequestInvalid: its chat template has no place for tools, or calls that are not known.
+        """
+        template = template or self._template
+        if template is None or not template.takes_tools:
+            problem = "this model's chat template does not tell it of tools"
+        elif template.tool_format is None:
+            known = ", ".join(one.name for one in FORMATS)
+            problem = f"how this model's chat template writes calls of tools is not known (known are {known})"
+        else:
+            return template.tool_format
+        raise RequestInvalid(
+            f"{problem}; serve a model whose template does, or another template by --chat-template, or leave out tools",
+            param="tools",
+        )
+
+    def message_format(self, prompt: Sequence[int], choice: ToolChoice | None = None) -> MessageFormat:
+        """Return what the answers to the prompt of a chat may hold. `choice` is of the tools that it tells of."""
+        thinks = self._template is not None and self._template.thinks
+        begun = thinks and self.text_of(prompt[-_TAG_TOKENS:]).rstrip().endswith(thoughts.OPEN)
+        message_format = MessageFormat(thinks, begun)
+        return message_format if choice is None else message_format.with_tools(self.tool_format(), choice)
+
+    def shown_ids(self, message_format: MessageFormat) -> frozenset[int]:
+        """Return the control tokens by which a parser of messages tells their parts."""
+        return frozenset(self._tokenizer.control_ids_of(message_format.marks).values())
+
+    def tool_grammar(self, choice: ToolChoice, schema: Mapping[str, Any] | None) -> str:
+        """As ToolFormat.grammar, in the model's format."""
+        form = self.tool_format()
+        return form.grammar(choice, self._tokenizer.control_ids_of(form.marks), schema)
+
+    def thought_grammar(self, message_format: MessageFormat) -> str:
+        """Return the grammar of what comes before an answer (thoughts.py); empty: nothing does."""
+        if not message_format.thinks:
+            return ""
+        mark_ids = self._tokenizer.control_ids_of((thoughts.OPEN, thoughts.CLOSE))
+        return thoughts.grammar_before_answer(mark_ids, begun=message_format.thought_begun)
 
     async def encode_prompt(
         self, prompt: str | Sequence[int], *, adds_special: bool = True, must_fit: bool = True
@@ -196,6 +269,7 @@ class LanguageModel:
                 include_stop=request.include_stop,
                 min_tokens=request.sampling.min_tokens,
                 show_control=request.show_control,
+                shown_ids=request.shown_ids,
             )
             for choice in range(request.num_choices)
         ]
@@ -239,4 +313,21 @@ class LanguageModel:
                 f"the prompt has {'at least ' if at_least else ''}{num_tokens}",
                 param=param,
                 code="context_length_exceeded",
+            )
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--chat-template {path}: {error}") from error
+
+
+def _check_arguments(template: ChatTemplate, arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name not in template.arguments and value:  # what is off asks for nothing
+            known = ", ".join(sorted(template.arguments)) or "nothing"
+            raise RequestInvalid(
+                f"this model's chat template has no use for {name[:50]!r}; besides messages and tools it reads {known}",
+                param=f"chat_template_kwargs.{name[:50]}",
             )

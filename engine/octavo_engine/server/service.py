@@ -99,7 +99,10 @@ class Service:
         process, sock = self._spawn(self.config.engine)
         self._client = await EngineClient.start(process, sock, self.metrics)
         text = await asyncio.to_thread(
-            TextModel.load, self.config.engine.tokenizer or self.location.path, self.location.modelfile
+            TextModel.load,
+            self.config.engine.tokenizer or self.location.path,
+            self.location.modelfile,
+            self.config.chat_template,
         )
         facts = await self._client.ready()
         self.metrics.on_ready(facts)

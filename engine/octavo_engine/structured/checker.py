@@ -29,7 +29,7 @@ _START_SECONDS: Final = 60.0  # what the process may take to read the vocabulary
 _MAX_BYTES: Final = 2 * 2**30  # its address space
 _MAX_KNOWN: Final = 256  # grammars that are remembered
 
-Kind = Literal["json_schema", "regex", "choice", "grammar"]  # as llguidance's grammar_from calls it
+Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]  # as llguidance's grammar_from calls it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Wanted:
     kind: Kind
     text: str  # JSON for json_schema and choice; Lark or GBNF for grammar
     param: str  # the request's field, for what is said about it
+    before: str = ""  # a grammar in Lark for what may come before it, which calls this one `answer`; empty: nothing may
 
     @classmethod
     def json(cls, schema: dict[str, Any] | None, param: str) -> Wanted:
@@ -63,7 +64,7 @@ class GrammarChecker:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._process: asyncio.subprocess.Process | None = None
-        self._known: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()  # (grammar, error) by kind and text
+        self._known: OrderedDict[tuple[str, str, str], tuple[str, str]] = OrderedDict()  # (grammar, error)
         self._turn = asyncio.Lock()
 
     async def check(self, wanted: Wanted) -> str:
@@ -77,7 +78,7 @@ class GrammarChecker:
                 f"{wanted.param} has {len(wanted.text)} characters, and at most {MAX_CHARACTERS} are taken",
                 param=wanted.param,
             )
-        key = (wanted.kind, wanted.text)
+        key = (wanted.kind, wanted.text, wanted.before)
         if key not in self._known:
             async with self._turn:
                 if key not in self._known:  # by who had the turn before
@@ -100,7 +101,7 @@ class GrammarChecker:
         self._process = None  # until it has answered: whatever else happens ends it
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
-                answer = await _ask(process, json.dumps([wanted.kind, wanted.text]))
+                answer = await _ask(process, json.dumps([wanted.kind, wanted.text, wanted.before]))
         except TimeoutError:
             answer = ""
         except BaseException:
@@ -151,7 +152,16 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-def _grammar_from(kind: Kind, text: str) -> str:
+def _grammar_from(kind: Kind, text: str, before: str) -> str:
+    grammar = _grammar_of_answer(kind, text)
+    if not before:
+        return grammar
+    parts = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    first, *others = parts
+    return json.dumps({"grammars": [{"lark_grammar": before}, first | {"name": "answer"}, *others]})
+
+
+def _grammar_of_answer(kind: Kind, text: str) -> str:
     import llguidance  # noqa: PLC0415 - the API process, which imports this module, has no use for it
 
     if kind != "json_schema":
@@ -161,7 +171,7 @@ def _grammar_from(kind: Kind, text: str) -> str:
 
 
 def main(path: Path) -> None:
-    """The process: answer every [kind, text] with [grammar, error]."""
+    """The process: answer every [kind, text, before] with [grammar, error]."""
     from octavo_engine.structured.compiler import Compiler  # noqa: PLC0415 - as for llguidance
     from octavo_engine.text.load import load_tokenizer  # noqa: PLC0415 - as for llguidance
 

@@ -6,14 +6,23 @@ what a template is given.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from octavo_engine.errors import ModelfileInvalid
 from octavo_engine.text import go_nodes as nodes
 from octavo_engine.text.go_parser import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+# What templates call the parts of a message, where it is not the same in capitals.
+_FIELDS: Final = {
+    "name": "ToolName",
+    "reasoning_content": "Thinking",
+    "tool_call_id": "ToolCallID",
+    "tool_calls": "ToolCalls",
+}
 
 
 class GoTemplate:
@@ -26,8 +35,13 @@ class GoTemplate:
     def __init__(self, source: str) -> None:
         self._statements, self._fields = parse(source)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the prompt for the next answer.
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it tells the model of tools."""
+        return {"Messages", "Tools"} <= self._fields
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> str:
+        """Return the prompt for the next answer. Tools, and calls in messages, are as OpenAI's API has them.
 
         A template without .Messages is rendered once for each round of system message, prompt and answer, the last time
         up to where the answer belongs (Ollama's rule for its older templates).
@@ -35,18 +49,17 @@ class GoTemplate:
         Raises:
             ModelfileInvalid: the template does not go with these messages (an index that is not there).
         """
-        told = [{key.title().replace("_", ""): value for key, value in message.items()} for message in messages]
-        told = [message | {"Thinking": message.get("ReasoningContent", "")} for message in told]
+        told = [{_FIELDS.get(key, key.title()): _object(value) for key, value in one.items()} for one in messages]
         try:
             if "Messages" in self._fields:
-                return self._render_all(_collated(told))
+                return self._render_all(_collated(told), [_object(tool) for tool in tools])
             return self._render_rounds(told)
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise ModelfileInvalid(f"the template does not go with these messages: {error}") from error
 
-    def _render_all(self, messages: list[dict[str, Any]]) -> str:
+    def _render_all(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
         system = "\n\n".join(message["Content"] for message in messages if message["Role"] == "system")
-        data = {"Messages": messages, "System": system, "Tools": [], "Prompt": "", "Response": ""}
+        data = {"Messages": messages, "System": system, "Tools": tools, "Prompt": "", "Response": ""}
         return self._run(data, cut=False)
 
     def _render_rounds(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -74,11 +87,25 @@ class GoTemplate:
         return "".join(scope.out)
 
 
+class _Object(dict[str, Any]):
+    """An object of JSON whose members templates call as Go does: .Function.Name. It is printed as it is."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(key, super().get(key.lower(), default))
+
+
+def _object(value: Any) -> Any:
+    """Make every object in a value of JSON an _Object."""
+    if isinstance(value, Mapping):
+        return _Object({key: _object(item) for key, item in value.items()})
+    return [_object(item) for item in value] if isinstance(value, list) else value
+
+
 def _collated(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join neighbours of one role, as Ollama does; results of tools stay apart."""
+    """Join neighbours of one role, as Ollama does; results of tools stay apart, and so do calls."""
     joined: list[dict[str, Any]] = []
     for message in messages:
-        if joined and joined[-1]["Role"] == message["Role"] != "tool":
+        if joined and joined[-1]["Role"] == message["Role"] != "tool" and not message.get("ToolCalls"):
             joined[-1] = joined[-1] | {"Content": f"{joined[-1]['Content']}\n\n{message['Content']}"}
         else:
             joined.append(message)

@@ -98,6 +98,10 @@ class Tokenizer:
         """Ids run from 0 to this, exclusive."""
         return len(self.token_bytes)
 
+    def control_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return the ids of those texts that are control tokens."""
+        return {text: self._control_tokens[text].token_id for text in texts if text in self._control_tokens}
+
     def encode(self, segments: Iterable[Segment]) -> list[int]:
         """Return the token ids of the segments, in order. Nothing is added before or after.
 

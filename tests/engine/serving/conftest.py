@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = 2
 FIRST_BYTE = len(CONTROL_TOKENS)  # the id of the token of byte 0
+SPACES = FIRST_BYTE + 256  # the id of the token of two spaces
 MAX_MODEL_LEN = 400
 CHATML = (
     "{% for message in messages %}"
@@ -73,6 +74,7 @@ class FakeEngine:
         answer: the text that every request gets, after which comes EOS.
         answers: where one is given for a choice, it gets this instead.
         sampling: of the last request.
+        prompt_token_ids: of the same.
         refusal: refuse to start with this message.
         failing: requests whose prompt holds this text fail, alone.
         loaded: the model is loaded once this is set.
@@ -84,6 +86,7 @@ class FakeEngine:
         self.answer: str | bytes = "The answer is 42."
         self.answers: dict[int, str | bytes] = {}
         self.sampling: SamplingParams | None = None
+        self.prompt_token_ids: list[int] = []
         self.refusal: str | None = None
         self.failing: str | None = None
         self.loaded = threading.Event()
@@ -93,6 +96,21 @@ class FakeEngine:
         self.num_steps = 0
         self.processes: list[FakeProcess] = []
 
+    @property
+    def prompt(self) -> bytes:
+        """The prompt of the last request as text, its control tokens written out."""
+        names = [token.encode() for token in CONTROL_TOKENS]
+        texts = (
+            names[i] if i < FIRST_BYTE else bytes([i - FIRST_BYTE]) if i < SPACES else b"  "
+            for i in self.prompt_token_ids
+        )
+        return b"".join(texts)
+
+    @property
+    def num_control_tokens(self) -> int:
+        """How many are in that prompt."""
+        return sum(token_id < FIRST_BYTE for token_id in self.prompt_token_ids)
+
     def spawn(self, config: EngineConfig) -> tuple[FakeProcess, socket.socket]:
         """As transport.spawn."""
         ours, theirs = socket.socketpair()
@@ -100,14 +118,14 @@ class FakeEngine:
         self.processes.append(process)
         return process, ours
 
-    def load(self, _config: EngineConfig, on_progress: OnProgress) -> LoadedModel:
+    def load(self, config: EngineConfig, on_progress: OnProgress) -> LoadedModel:
         """As runner.load_runner."""
         on_progress("Loading", 25, 100)
         self.loaded.wait()
         if self.refusal is not None:
             raise ModelUnsupported(self.refusal)
         facts = EngineFacts(
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=config.max_model_len or MAX_MODEL_LEN,
             block_size=4,
             num_blocks=1000,
             dtype="int8",
@@ -150,6 +168,7 @@ class FakeRunner:
                 results += [RequestResult(error="not a number") for _ in request.choices]
                 continue
             self._engine.sampling = request.sampling
+            self._engine.prompt_token_ids = prompt
             for choice in request.choices:
                 key = (request.request_id, choice)
                 text = self._engine.answers.get(choice, self._engine.answer)

@@ -17,6 +17,7 @@ from octavo_engine.errors import OctavoError
 from octavo_engine.server.disconnect import unless_gone
 from octavo_engine.server.envelope import describe
 from octavo_engine.server.openai.replies import Choice, Usage
+from octavo_engine.text.message import MessageFormat, Parts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -36,6 +37,8 @@ async def answer(
     streams: Sequence[AsyncGenerator[TextDelta, None]],
     reply: Reply,
     num_prompt_tokens: int,
+    *,
+    message_format: MessageFormat = MessageFormat(),  # noqa: B008 - it is frozen
 ) -> Response:
     """Respond to a request.
 
@@ -45,8 +48,9 @@ async def answer(
         streams: the answers to each prompt; `n` choices each.
         reply: the format.
         num_prompt_tokens: of all prompts together.
+        message_format: what the texts may hold besides text.
     """
-    answers = _Answers(streams, reply, num_prompt_tokens, body)
+    answers = _Answers(streams, reply, num_prompt_tokens, body, message_format)
     if body.stream:
         return StreamingResponse(
             answers.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
@@ -64,6 +68,7 @@ class _Answers:
         reply: Reply,
         num_prompt_tokens: int,
         body: ChatCompletionRequest | CompletionRequest,
+        message_format: MessageFormat,
     ) -> None:
         num_choices = body.n or 1
         self._deltas = streams[0] if len(streams) == 1 else _merged(streams, num_choices)
@@ -75,6 +80,7 @@ class _Answers:
         self._include_usage = body.include_usage
         self._continuous_usage = body.continuous_usage
         self._last: dict[int, TextDelta] = {}  # by choice
+        self._parsers = {index: message_format.parser() for index in self._indices}
 
     async def whole(self) -> dict[str, Any]:
         """The body of a response in one piece."""
@@ -86,9 +92,9 @@ class _Answers:
         choices = [
             Choice(
                 index,
-                "".join(delta.text for delta in pieces[index]),
+                self._parsers[index].push("".join(delta.text for delta in pieces[index]), is_last=True),
                 [entry for delta in pieces[index] for entry in delta.logprobs] if self._has_logprobs else None,
-                self._last[index].finish_reason,
+                self._finish_reason(self._last[index]),
             )
             for index in self._indices
         ]
@@ -103,11 +109,13 @@ class _Answers:
             async with contextlib.aclosing(self._deltas) as deltas:
                 async for delta in deltas:
                     self._last[delta.choice] = delta
-                    if delta.text or delta.logprobs:
+                    is_last = delta.finish_reason is not None
+                    parts = self._parsers[delta.choice].push(delta.text, is_last=is_last)
+                    if parts or delta.logprobs:
                         logprobs = delta.logprobs if self._has_logprobs else None
-                        yield self._event(self._reply.piece(Choice(delta.choice, delta.text, logprobs)))
-                    if delta.finish_reason is not None:
-                        ended = Choice(delta.choice, "", finish_reason=delta.finish_reason)
+                        yield self._event(self._reply.piece(Choice(delta.choice, parts, logprobs)))
+                    if is_last:
+                        ended = Choice(delta.choice, Parts(), finish_reason=self._finish_reason(delta))
                         yield self._event(self._reply.closing(ended))
         except OctavoError as error:
             yield _event(describe(error)[1])
@@ -115,6 +123,10 @@ class _Answers:
         if self._include_usage:
             yield _event(self._reply.usage(self._usage()))
         yield b"data: [DONE]\n\n"
+
+    def _finish_reason(self, last: TextDelta) -> str | None:
+        called = self._parsers[last.choice].num_calls and last.finish_reason == "stop"
+        return "tool_calls" if called else last.finish_reason
 
     def _event(self, chunk: dict[str, Any]) -> bytes:
         return _event(chunk | {"usage": self._usage().body()} if self._continuous_usage else chunk)

@@ -16,7 +16,10 @@ from octavo_engine.plan import SamplingParams
 from octavo_engine.server.body import Strict, Text, refuse_surrogates, without_neutral
 from octavo_engine.server.openai.fields import NEUTRAL_FIELDS, NEUTRAL_MESSAGE_FIELDS
 from octavo_engine.server.openai.structured import ResponseFormat, StructuredOutputs
+from octavo_engine.server.openai.tools import MAX_TOOLS, ChosenTools, NamedTool, ToolCall, ToolDefinition
 from octavo_engine.structured.checker import Wanted
+from octavo_engine.text.template import Message
+from octavo_engine.text.tools import ToolChoice
 
 _COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's and vLLM's default for /v1/completions
 
@@ -49,19 +52,35 @@ def _joined_text(content: object) -> object:
 class ChatMessage(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_joined_text)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[Text | None, BeforeValidator(_joined_text)] = None
     name: Text | None = None  # for templates that show it
+    reasoning_content: Text | None = None  # what the model thought before an answer of before
+    tool_calls: list[ToolCall] | None = None  # that the model made
+    tool_call_id: Text | None = None  # of the call that the content is the result of
 
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, body: object) -> object:
         return without_neutral(body, NEUTRAL_MESSAGE_FIELDS)
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        for name, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise RequestInvalid(f"only messages of the role {role} have it", param=name)
+        if self.content is None and not self.tool_calls:
+            raise RequestInvalid("a message without tool_calls has content", param="content")
+        return self
+
+    def for_template(self) -> Message:
         """Return the message as templates know it, where `developer` is called `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content} | ({"name": self.name} if self.name is not None else {})
+        message: Message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        given = {name: getattr(self, name) for name in ("name", "reasoning_content", "tool_call_id")}
+        message |= {name: value for name, value in given.items() if value is not None}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
 
 
 class StreamOptions(Strict):
@@ -198,9 +217,54 @@ class ChatCompletionRequest(_GenerationBody):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ChosenTools | None = None  # None: auto
+    parallel_tool_calls: bool | None = None  # False: an answer has one call at most
+    chat_template_kwargs: dict[str, Any] | None = None  # what else the template reads, such as enable_thinking
+    reasoning_effort: Literal["none"] | None = None  # do not think: for models that can be told so
+    include_reasoning: bool | None = None  # False: what the model thinks is not told
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def tools_to_call(self) -> ToolChoice | None:
+        """Which tools the answers may or must call; None: none."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        tools = [definition.tool() for definition in self.tools]
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return ToolChoice([tool for tool in tools if tool.name == name], required=True, parallel=False)
+        return ToolChoice(tools, self.tool_choice == "required", self.parallel_tool_calls is not False)
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """For the chat template."""
+        thinking = {} if self.reasoning_effort is None else {"enable_thinking": False}
+        return thinking | (self.chat_template_kwargs or {})
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [definition.function.name for definition in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise RequestInvalid("two tools have the same name", param="tools")
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        if (wanted and wanted not in names) or (self.tool_choice == "required" and not names):
+            raise RequestInvalid(f"{wanted or 'a tool'} is to be called, and is not among tools", param="tool_choice")
+        choice = self.tools_to_call
+        if choice is None:
+            return self
+        if self.structured_outputs is not None:
+            raise RequestInvalid(
+                "it does not go with tools; use response_format, or the tool_choice none", param="structured_outputs"
+            )
+        if choice.required and self.wanted_output is not None:
+            raise RequestInvalid("the answer is a call, as tool_choice says: leave it out", param="response_format")
+        for name in ("min_tokens", "ignore_eos"):
+            if choice.needs_grammar and getattr(self, name):
+                raise RequestInvalid(f"calls of tools say when the answer ends; leave out {name}", param=name)
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from octavo_engine.text.message import Parts
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from octavo_engine.answer import TextLogprobs, TokenText
+    from octavo_engine.text.tool_calls import CallPiece
 
 _LOWEST_LOGPROB: Final = -9999.0  # OpenAI's way to write what JSON cannot: minus infinity
 
@@ -36,7 +39,7 @@ class Choice:
     """One answer, or a piece of it."""
 
     index: int
-    text: str
+    parts: Parts
     logprobs: Sequence[TextLogprobs] | None = None  # None: they were not asked for
     finish_reason: str | None = None  # None: it goes on
 
@@ -78,7 +81,7 @@ class ChatReply:
         bodies = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": {"role": "assistant", "refusal": None} | _message(choice.parts),
                 "logprobs": _chat_logprobs(choice.logprobs, as_ids=self._as_ids),
                 "finish_reason": choice.finish_reason,
             }
@@ -88,11 +91,17 @@ class ChatReply:
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """The role, without text."""
-        return [self._chunk(Choice(index, ""), {"role": "assistant", "content": ""})]
+        return [self._chunk(Choice(index, Parts()), {"role": "assistant", "content": ""})]
 
     def piece(self, choice: Choice) -> dict[str, Any]:
-        """A chunk of text."""
-        return self._chunk(choice, {"content": choice.text})
+        """A chunk of a message."""
+        parts = choice.parts
+        delta: dict[str, Any] = {"content": parts.text} if parts.text or not parts else {}
+        if parts.thought:
+            delta["reasoning_content"] = parts.thought
+        if parts.calls:
+            delta["tool_calls"] = [_call_piece(piece) for piece in parts.calls]
+        return self._chunk(choice, delta)
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The chunk after the last text of a choice."""
@@ -102,7 +111,7 @@ class ChatReply:
         """A chunk without choices."""
         return self._chunk_head | {"choices": [], "usage": usage.body()}
 
-    def _chunk(self, choice: Choice, delta: dict[str, str]) -> dict[str, Any]:
+    def _chunk(self, choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
         body = {
             "index": choice.index,
             "delta": delta,
@@ -137,7 +146,7 @@ class CompletionReply:
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """The prompt, where it is asked for."""
-        return [self.piece(Choice(index, self._echoes[index]))] if self._echoes else []
+        return [self.piece(Choice(index, Parts(text=self._echoes[index])))] if self._echoes else []
 
     def piece(self, choice: Choice) -> dict[str, Any]:
         """A chunk of text."""
@@ -154,10 +163,38 @@ class CompletionReply:
     def _choice(self, choice: Choice) -> dict[str, Any]:
         return {
             "index": choice.index,
-            "text": choice.text,
+            "text": choice.parts.text,
             "logprobs": _completion_logprobs(choice.logprobs, as_ids=self._as_ids),
             "finish_reason": choice.finish_reason,
         }
+
+
+def _message(parts: Parts) -> dict[str, Any]:
+    """What is in a whole message. Without text there is none where there is something else."""
+    message: dict[str, Any] = {"content": parts.text if parts.text or not parts else None}
+    if parts.thought:
+        message["reasoning_content"] = parts.thought
+    if parts.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in parts.calls
+        ]
+    return message
+
+
+def _call_piece(piece: CallPiece) -> dict[str, Any]:
+    if not piece.name:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    return {
+        "index": piece.index,
+        "id": piece.call_id,
+        "type": "function",
+        "function": {"name": piece.name, "arguments": piece.arguments},
+    }
 
 
 def _chat_logprobs(logprobs: Sequence[TextLogprobs] | None, *, as_ids: bool) -> dict[str, Any] | None:

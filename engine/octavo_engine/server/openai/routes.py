@@ -1,7 +1,9 @@
 """POST /v1/chat/completions, POST /v1/completions, GET /v1/models."""
 
+import json
 import time
 import uuid
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -16,6 +18,9 @@ from octavo_engine.server.openai.answers import answer
 from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
 from octavo_engine.server.openai.replies import ChatReply, CompletionReply
 from octavo_engine.server.service import Service
+from octavo_engine.structured.checker import Wanted
+from octavo_engine.text.message import MessageFormat
+from octavo_engine.text.tools import ToolChoice
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -29,7 +34,12 @@ async def create_chat_completion(
     """Answer a conversation."""
     model = service.model_named(body.model)
     _check_num_choices(body, service)
-    prompt = await model.encode_chat([message.for_template() for message in body.messages])
+    choice = body.tools_to_call
+    prompt = await model.encode_chat(
+        [message.for_template() for message in body.messages],
+        tools=choice.tools if choice is not None else (),
+        arguments=body.template_arguments,
+    )
     wanted = body.max_completion_tokens
     param = "max_tokens" if wanted is None else "max_completion_tokens"
     max_tokens = model.resolve_max_tokens(len(prompt), body.max_tokens if wanted is None else wanted, param)
@@ -37,9 +47,22 @@ async def create_chat_completion(
     reply = ChatReply(
         _shown_id(body, request_id), int(time.time()), body.model, as_ids=bool(body.return_tokens_as_token_ids)
     )
-    grammar = await service.grammar(body.wanted_output)
-    deltas = service.generate(model, _generation(model, body, request_id, prompt, max_tokens, grammar=grammar))
-    return await answer(request, body, [deltas], reply, len(prompt))
+    form = replace(model.message_format(prompt, choice), tells_thoughts=body.include_reasoning is not False)
+    grammar = await service.grammar(_wanted_of_chat(body, model, choice, form))
+    generation = _generation(model, body, request_id, prompt, max_tokens, grammar=grammar)
+    deltas = service.generate(model, replace(generation, shown_ids=model.shown_ids(form)))
+    return await answer(request, body, [deltas], reply, len(prompt), message_format=form)
+
+
+def _wanted_of_chat(
+    body: ChatCompletionRequest, model: LanguageModel, choice: ToolChoice | None, form: MessageFormat
+) -> Wanted | None:
+    """What the answers keep to, once the model has thought: calls of tools, a format, or either."""
+    wanted = body.wanted_output
+    if choice is not None and (choice.needs_grammar or wanted is not None):
+        schema = json.loads(wanted.text) if wanted is not None else None
+        wanted = Wanted("lark", model.tool_grammar(choice, schema), "tools")
+    return replace(wanted, before=model.thought_grammar(form)) if wanted is not None else None
 
 
 @router.post("/completions")
