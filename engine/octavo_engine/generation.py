@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import sys
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine.answer import Answer
 from octavo_engine.errors import ConfigError, GenerationFailed, RequestInvalid
 from octavo_engine.parameters import max_tokens_of
+from octavo_engine.plan import SamplingParams
 from octavo_engine.text import thoughts
 from octavo_engine.text.load import load_tokenizer
 from octavo_engine.text.message import MessageFormat
@@ -30,7 +34,6 @@ if TYPE_CHECKING:
     from octavo_engine.messages import EngineFacts
     from octavo_engine.modelfile import Modelfile
     from octavo_engine.parameters import Parameters
-    from octavo_engine.plan import SamplingParams
     from octavo_engine.text.tokenizer import Tokenizer
     from octavo_engine.text.tools import Tool, ToolChoice, ToolFormat
 
@@ -200,7 +203,7 @@ class LanguageModel:
         return thoughts.grammar_before_answer(mark_ids, begun=message_format.thought_begun)
 
     async def encode_prompt(
-        self, prompt: str | Sequence[int], *, adds_special: bool = True, must_fit: bool = True
+        self, prompt: str | Sequence[int], *, adds_special: bool = True, must_fit: bool = True, param: str = "prompt"
     ) -> list[int]:
         """Return the token ids of a raw prompt, in which control tokens count.
 
@@ -208,21 +211,22 @@ class LanguageModel:
             prompt: text or token ids.
             adds_special: put before and after a text what the model wants there.
             must_fit: as for `encode_chat`.
+            param: the request's field, for what is said about it.
 
         Raises:
             RequestInvalid: it is empty, too long, or has ids outside the vocabulary.
         """
         if isinstance(prompt, str):
-            ids = await self._encode([Segment(prompt, True)], "prompt", must_fit=must_fit)
+            ids = await self._encode([Segment(prompt, True)], param, must_fit=must_fit)
             if adds_special:
                 ids = [*self._tokenizer.prompt_prefix_ids, *ids, *self._tokenizer.prompt_suffix_ids]
         else:
             ids = list(prompt)
-            self.check_token_ids(ids, "prompt")
+            self.check_token_ids(ids, param)
         if must_fit:
             if not ids:
-                raise RequestInvalid("prompt is empty; it must hold at least one token", param="prompt")
-            self._refuse_overlong(len(ids), "prompt")
+                raise RequestInvalid(f"{param} is empty; it must hold at least one token", param=param)
+            self._refuse_overlong(len(ids), param)
         return ids
 
     def text_of(self, token_ids: Sequence[int]) -> str:
@@ -292,6 +296,25 @@ class LanguageModel:
                 yield delta
                 if not num_living:
                     return
+
+    async def embed(self, request_id: str, prompt: Sequence[int]) -> array[float]:
+        """Return the last layer's output after the last token of a prompt, of length 1: float32 [H].
+
+        Raises:
+            GenerationFailed: the engine gave up on this request.
+            EngineDead: the engine process ended.
+        """
+        sampling = SamplingParams(max_tokens=1, temperature=0, embed=True)
+        state = array("f")
+        async with contextlib.aclosing(self._client.generate(request_id, prompt, sampling)) as updates:
+            async for update in updates:
+                if update.finish_reason != "stop":
+                    raise GenerationFailed(update.error or "the engine aborted the request")
+                state.frombytes(update.state)
+        if sys.byteorder == "big":
+            state.byteswap()
+        length = math.sqrt(math.fsum(number * number for number in state)) or 1.0
+        return array("f", (number / length for number in state))
 
     async def _encode(self, segments: Sequence[Segment], param: str, *, must_fit: bool) -> list[int]:
         num_characters = sum(len(segment.text) for segment in segments)

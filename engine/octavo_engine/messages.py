@@ -85,6 +85,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     error: str | None = None  # with finish_reason "error"
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache; the same in every update
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of token_ids, if the request asks for them
+    state: bytes = b""  # with sampling.embed, which brings no tokens: see RequestResult
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):

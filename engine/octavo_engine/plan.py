@@ -38,6 +38,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # any of these ends the request with "stop", besides the model's own EOS
     ignore_eos: bool = False  # go on after EOS (benchmarks)
     grammar: str | None = None  # llguidance's text of what the answer keeps to; not with min_tokens or ignore_eos
+    embed: bool = False  # generate nothing: tell the state after the prompt, with n = 1
 
     @property
     def has_penalties(self) -> bool:
@@ -96,11 +97,12 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class RequestResult(msgspec.Struct, frozen=True, gc=False):
-    """What a step produced for one choice of a request with needs_token set: token_id or error is set, not both."""
+    """What a step produced for one choice of a request with needs_token set: token_id, state or error is set."""
 
     token_id: int | None = None
     error: str | None = None  # why this request alone fails (NaN logits); the others are not touched
     logprobs: TokenLogprobs | None = None  # of token_id, if sampling.num_logprobs asks for them
+    state: bytes | None = None  # with sampling.embed: the last layer's normed output, float32 little-endian
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Shapes: S rows to get logits for, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -52,19 +53,24 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and sample for each choice of each request with needs_token set."""
         asked = [(request, choice) for request in plan.requests if request.needs_token for choice in request.choices]
-        logits = self._logits(plan)
+        states: torch.Tensor | None = None
+        if any(request.sampling.embed for request, _ in asked):
+            states = torch.empty(sum(request.needs_token for request in plan.requests), self._steps.hidden_size)
+        logits = self._logits(plan, states)
         try:
             results = self._sample(logits, asked)
         except Exception:  # noqa: BLE001 - whatever it is, it shall not be the end of all requests
             _log.exception("sampling %d rows failed: sampling each by itself", len(asked))
-            logits = self._logits(plan)  # writes the same KV again; the sampler may have changed the first ones
+            logits = self._logits(plan, states)  # writes the same KV again; the sampler may have changed the first ones
             results = [self._sample_alone(logits[row : row + 1], one) for row, one in enumerate(asked)]
+        if states is not None:
+            results = _with_states(results, plan, states)
         return StepResult(plan.step, tuple(results))
 
     @torch.inference_mode()
-    def _logits(self, plan: StepPlan) -> torch.Tensor:
+    def _logits(self, plan: StepPlan, states: torch.Tensor | None) -> torch.Tensor:
         """Compute the plan; a row for each token to sample."""
-        logits = self.forward(plan)
+        logits = self.forward(plan, states=states)
         asking = [request for request in plan.requests if request.needs_token]
         rows = [row for row, request in enumerate(asking) for _ in request.choices]
         return logits[rows] if len(rows) > len(asking) else logits  # choices that begin draw from one row
@@ -85,15 +91,23 @@ class ModelRunner:
         return result
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
-        """Copy blocks and compute every token of the plan, without sampling.
-
-        Returns:
-            Logits [S, V], after the last token of each request with needs_token set, or after every token of the plan.
-        """
+    def forward(self, plan: StepPlan, *, every_token: bool = False, states: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy blocks and compute every token of the plan, without sampling: as Steps.forward."""
         if plan.copies:
             self._steps.copy_blocks(plan.copies)
-        return self._steps.forward(plan, every_token=every_token)
+        return self._steps.forward(plan, every_token=every_token, states=states)
+
+
+def _with_states(results: list[RequestResult], plan: StepPlan, states: torch.Tensor) -> list[RequestResult]:
+    """Put the state in place of the token of each request that asks for it and has not failed."""
+    asking = [request for request in plan.requests if request.needs_token]
+    told = iter(results)
+    with_states = []
+    for row, request in enumerate(asking):
+        for result in itertools.islice(told, request.num_choices):
+            state = states[row].numpy().astype("<f4").tobytes() if request.sampling.embed else None
+            with_states.append(result if state is None or result.error is not None else RequestResult(state=state))
+    return with_states
 
 
 def load_runner(

@@ -331,9 +331,11 @@ class Scheduler:
 
     def _take(self, request: Request, row: RequestResult) -> RequestUpdate:
         """Take in what a step sampled for one choice."""
-        if row.token_id is None:
-            token_ids: tuple[int, ...] = ()
-            finish_reason: FinishReason | None = "error"
+        token_ids: tuple[int, ...] = ()
+        if row.state is not None:
+            finish_reason: FinishReason | None = "stop"
+        elif row.token_id is None:
+            finish_reason = "error"
             self._kv.forget(request.block_ids)
         else:
             token_ids = (row.token_id,)
@@ -348,6 +350,7 @@ class Scheduler:
             error=row.error,
             num_cached_tokens=request.num_cached_tokens or 0,
             logprobs=() if row.logprobs is None else (row.logprobs,),
+            state=row.state or b"",
         )
 
     def _offer_blocks(self, request: Request, *, owner: bytes = b"") -> None:

@@ -2,7 +2,7 @@
 
 cpu/decoder.py is the other way. Neither knows of sampling or scheduling.
 
-Shapes: S rows to get logits for, V vocabulary.
+Shapes: S rows to get logits for, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -29,12 +29,23 @@ class Steps(Protocol):
         """Copy the KV of whole blocks in every layer: (source, destination) block ids."""
         ...
 
-    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
+    def forward(self, plan: StepPlan, *, every_token: bool = False, states: torch.Tensor | None = None) -> torch.Tensor:
         """Compute every token of the plan.
 
+        Args:
+            plan: of at least one request.
+            every_token: get logits after every token of the plan, and not only after the last token of each request
+                with needs_token set.
+            states: float32 [S, H] on the CPU, to be filled with the normed output of the last layer in the same rows.
+
         Returns:
-            Logits [S, V], after the last token of each request with needs_token set, or after every token of the plan.
+            Logits [S, V].
         """
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
         ...
 
     @property
@@ -52,14 +63,15 @@ class TorchSteps:
         self, model: TorchDecoder, attention: AttentionBackend, *, block_size: int, device: torch.device
     ) -> None:
         self._model, self._attention, self._block_size, self._device = model, attention, block_size, device
+        self.hidden_size = model.hidden_size
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """See Steps."""
         self._attention.copy_blocks(copies)
 
-    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
+    def forward(self, plan: StepPlan, *, every_token: bool = False, states: torch.Tensor | None = None) -> torch.Tensor:
         """See Steps; the logits are in the compute dtype."""
         step = build_step(plan, block_size=self._block_size, device=self._device)
         self._attention.begin_step(step.attention)
         rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.last_rows
-        return self._model.forward(step.input_ids, step.positions, rows)
+        return self._model.forward(step.input_ids, step.positions, rows, states)

@@ -104,6 +104,11 @@ class CpuDecoder:
         self._block_size = block_size
 
     @property
+    def hidden_size(self) -> int:
+        """See Steps."""
+        return self._spec.hidden_size
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the packed matrices."""
         return int(self._library.octavo_decoder_weight_bytes(self._decoder))
@@ -123,12 +128,8 @@ class CpuDecoder:
         pairs = np.array(copies, dtype=np.int32)
         self._library.octavo_decoder_copy_blocks(self._decoder, pairs.ctypes.data, len(copies))
 
-    def forward(self, plan: StepPlan, *, every_token: bool = False) -> torch.Tensor:
-        """Compute every token of the plan.
-
-        Returns:
-            Float32 logits [S, V], after the last token of each request with needs_token set, or after every token.
-        """
+    def forward(self, plan: StepPlan, *, every_token: bool = False, states: torch.Tensor | None = None) -> torch.Tensor:
+        """See Steps; the logits are float32."""
         requests = plan.requests
         query_starts = _starts([len(request.token_ids) for request in requests])
         num_tokens = int(query_starts[-1])
@@ -154,6 +155,7 @@ class CpuDecoder:
             block_tables=block_tables.ctypes.data,
             logits_rows=rows.ctypes.data,
             logits=logits.data_ptr(),
+            states=states.data_ptr() if states is not None else None,
         )
         self._check(self._library.octavo_decoder_forward(self._decoder, ctypes.byref(step)))
         return logits

@@ -102,6 +102,7 @@ class Step(ctypes.Structure):
         ("block_tables", ctypes.c_void_p),
         ("logits_rows", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("states", ctypes.c_void_p),
     ]
 
 

@@ -138,6 +138,7 @@ class TorchDecoder:
         """
         weights = _Loader(source, dtype, device, None)
         self._embedding_scale, self._softcap = spec.embedding_scale, spec.logit_softcap
+        self.hidden_size = spec.hidden_size
         self._embedding = weights.matrix("embedding", spec.vocab_size, spec.hidden_size)
         tables = rotary_tables(spec, source, num_positions=num_positions)
         self._tables = [(cos.to(device), sin.to(device)) for cos, sin in tables.values()]
@@ -150,13 +151,20 @@ class TorchDecoder:
             self._embedding if spec.tied_embeddings else weights.matrix("output", spec.vocab_size, spec.hidden_size)
         )
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_rows: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logits_rows: torch.Tensor,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute a step, after the backend's `begin_step`.
 
         Args:
             input_ids: int64 [T].
             positions: int64 [T], each token's position in its request.
             logits_rows: int64 [S], the tokens to get logits after.
+            states: float32 [S, H], filled with what the logits are computed of.
 
         Returns:
             Logits [S, V] in the compute dtype.
@@ -165,7 +173,10 @@ class TorchDecoder:
         residual = F.embedding(input_ids, self._embedding).float() * self._embedding_scale
         for layer, table in zip(self._layers, self._table_of_layer, strict=True):
             layer(residual, *turns[table])
-        logits = self._head(self._norm(residual[logits_rows]))
+        normed = self._norm(residual[logits_rows])
+        if states is not None:
+            states.copy_(normed)
+        logits = self._head(normed)
         if self._softcap is not None:
             return logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits

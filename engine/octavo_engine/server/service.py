@@ -25,7 +25,7 @@ from octavo_engine.store.pull import pull
 from octavo_engine.structured.checker import GrammarChecker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from octavo_engine.answer import TextDelta
     from octavo_engine.client import Spawn
@@ -218,6 +218,19 @@ class Service:
                 retry_after=RETRY_SECONDS,
             )
 
+    def check_num_prompts(self, count: int, param: str) -> None:
+        """Refuse more prompts in one request than could ever be let in.
+
+        Raises:
+            RequestInvalid: there are; names `param`.
+        """
+        most = self.config.engine.max_num_seqs + self.config.queue_limit
+        if count > most:
+            raise RequestInvalid(
+                f"there are {count} prompts, and at most {most} can run and wait here; send several requests",
+                param=param,
+            )
+
     async def grammar(self, wanted: Wanted | None) -> str | None:
         """Return what the engine takes for what an answer shall keep to; None: nothing.
 
@@ -256,6 +269,30 @@ class Service:
                 sum(num_tokens.values()),
                 HTTP_REQUEST_ID.get(),
             )
+
+    async def embed(self, model: LanguageModel, request_id: str, prompt: Sequence[int]) -> Sequence[float]:
+        """As LanguageModel.embed, counted and logged."""
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        reason: FinishedReason = "abort"
+        try:
+            embedding = await model.embed(request_id, prompt)
+            reason = "stop"
+        except (GenerationFailed, EngineDead):
+            reason = "error"
+            raise
+        finally:
+            seconds = clock() - started
+            self.metrics.on_finished(reason, seconds)
+            _log.info(
+                "%s: %s after %.2f s, %d tokens embedded (X-Request-Id %s)",
+                request_id,
+                reason,
+                seconds,
+                len(prompt),
+                HTTP_REQUEST_ID.get(),
+            )
+        return embedding
 
     async def drain(self) -> None:
         """Take no more requests and wait for those that run, up to the shutdown timeout."""

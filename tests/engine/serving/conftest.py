@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import math
 import socket
+import struct
 import subprocess
 import threading
 from typing import TYPE_CHECKING
@@ -169,6 +170,9 @@ class FakeRunner:
                 continue
             self._engine.sampling = request.sampling
             self._engine.prompt_token_ids = prompt
+            if request.sampling.embed:
+                results.append(RequestResult(state=struct.pack("<2f", len(prompt), prompt[-1])))
+                continue
             for choice in request.choices:
                 key = (request.request_id, choice)
                 text = self._engine.answers.get(choice, self._engine.answer)

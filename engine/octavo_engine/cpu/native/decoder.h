@@ -35,6 +35,7 @@ struct Step {
   const int32_t* block_tables;
   const int32_t* logits_rows;    // [num_logits]: tokens
   float* logits;                 // [num_logits, vocab_size]
+  float* states;                 // [num_logits, hidden_size]: what they are computed of, normed; or null
 };
 
 enum class Role : int32_t { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kEmbedding, kHead, kNumMatrices };
@@ -389,6 +390,10 @@ class Decoder {
     const Matrix& head = head_.empty() ? embedding_ : head_;
     const int rows = step_->num_logits;
     const Activations& x = norm(thread, rows, final_norm_, needs({&head}), step_->logits_rows);
+    if (step_->states)
+      for (int row = thread; row < rows; row += pool_.num_threads())
+        rms_norm(residual(step_->logits_rows[row]), final_norm_.data(), config_.rms_norm_eps, config_.hidden_size,
+                 step_->states + row * (int64_t)config_.hidden_size);
     float* products = threads_[(size_t)thread].first.data();
     const float cap = config_.logit_softcap;
     each_unit(head.num_blocks(), rows, [&](int block, int first_row, int num_rows) {

@@ -14,7 +14,7 @@ import msgspec
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from octavo_engine.errors import OctavoError
-from octavo_engine.server.disconnect import unless_gone
+from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
 from octavo_engine.server.envelope import describe
 from octavo_engine.server.openai.replies import Choice, Usage
 from octavo_engine.text.message import MessageFormat, Parts
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from octavo_engine.answer import TextDelta
     from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
     from octavo_engine.server.openai.replies import Reply
-
-_CLIENT_GONE = 499  # nginx's status for a client that left; nobody reads it
 
 
 async def answer(
@@ -56,7 +54,7 @@ async def answer(
             answers.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
     whole = await unless_gone(request, answers.whole())
-    return Response(status_code=_CLIENT_GONE) if whole is None else JSONResponse(whole)
+    return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
 
 
 class _Answers:

@@ -304,13 +304,16 @@ def _as_prompt(prompt: object) -> str | list[int]:
         return refuse_surrogates(prompt)
     if is_token_ids(prompt):
         return prompt
-    raise RequestInvalid("prompt must be a string, a list of token ids, or a list of these")
+    raise RequestInvalid("it must be a string, a list of token ids, or a list of these")
+
+
+Prompts = Annotated[Any, AfterValidator(_as_prompts)]  # list[str | list[int]]
 
 
 class CompletionRequest(_GenerationBody):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[Any, AfterValidator(_as_prompts)]  # list[str | list[int]]
+    prompt: Prompts
     echo: bool | None = None  # the prompt is the beginning of the text
     max_tokens: Annotated[int, Field(ge=1)] | None = _COMPLETION_MAX_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None

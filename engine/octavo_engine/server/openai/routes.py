@@ -72,12 +72,7 @@ async def create_completion(
     """Continue a prompt, or several."""
     model = service.model_named(body.model)
     _check_num_choices(body, service)
-    most = service.config.engine.max_num_seqs + service.config.queue_limit
-    if len(body.prompt) > most:
-        raise RequestInvalid(
-            f"there are {len(body.prompt)} prompts, and at most {most} can run and wait here; send several requests",
-            param="prompt",
-        )
+    service.check_num_prompts(len(body.prompt), "prompt")
     request_id = f"cmpl-{uuid.uuid4().hex}"
     grammar = await service.grammar(body.wanted_output)
     generations = []
