@@ -16,7 +16,7 @@ import octavo_engine
 from octavo_engine.server import envelope, health
 from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
 from octavo_engine.server.ollama import routes as ollama
-from octavo_engine.server.openai import embeddings, routes, tokens
+from octavo_engine.server.openai import embeddings, responses, routes, tokens
 from octavo_engine.server.service import HTTP_REQUEST_ID
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(health.router)
     app.include_router(routes.router)
     app.include_router(embeddings.router)
+    app.include_router(responses.router)
     app.include_router(tokens.router)
     app.include_router(ollama.router)
     envelope.install(app)

@@ -3,13 +3,15 @@
 import json
 import time
 import uuid
-from dataclasses import replace
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
+from octavo_engine.answer import TextDelta
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.parameters import stop_strings, with_defaults
@@ -32,6 +34,29 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, service: CurrentService, _admit: Admission
 ) -> Response:
     """Answer a conversation."""
+    request_id = f"chatcmpl-{uuid.uuid4().hex}"
+    chat = await begin_chat(body, service, request_id)
+    reply = ChatReply(
+        _shown_id(body, request_id), int(time.time()), body.model, as_ids=bool(body.return_tokens_as_token_ids)
+    )
+    return await answer(request, body, [chat.deltas], reply, chat.num_prompt_tokens, message_format=chat.message_format)
+
+
+@dataclass(frozen=True, slots=True)
+class BegunChat:
+    """An answer that can be waited for."""
+
+    deltas: AsyncGenerator[TextDelta, None]
+    message_format: MessageFormat  # what is in its text
+    num_prompt_tokens: int
+
+
+async def begin_chat(body: ChatCompletionRequest, service: Service, request_id: str) -> BegunChat:
+    """Do what a chat takes, whatever its answers will be written like.
+
+    Raises:
+        RequestInvalid, NotServing: it cannot be answered.
+    """
     model = service.model_named(body.model)
     _check_num_choices(body, service)
     choice = body.tools_to_call
@@ -43,15 +68,11 @@ async def create_chat_completion(
     wanted = body.max_completion_tokens
     param = "max_tokens" if wanted is None else "max_completion_tokens"
     max_tokens = model.resolve_max_tokens(len(prompt), body.max_tokens if wanted is None else wanted, param)
-    request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    reply = ChatReply(
-        _shown_id(body, request_id), int(time.time()), body.model, as_ids=bool(body.return_tokens_as_token_ids)
-    )
     form = replace(model.message_format(prompt, choice), tells_thoughts=body.include_reasoning is not False)
     grammar = await service.grammar(_wanted_of_chat(body, model, choice, form))
     generation = _generation(model, body, request_id, prompt, max_tokens, grammar=grammar)
     deltas = service.generate(model, replace(generation, shown_ids=model.shown_ids(form)))
-    return await answer(request, body, [deltas], reply, len(prompt), message_format=form)
+    return BegunChat(deltas, form, len(prompt))
 
 
 def _wanted_of_chat(
