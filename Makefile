@@ -57,6 +57,10 @@ test-unit: venv ## Only the tests that need neither the model nor an API server 
 test-long: venv ## The campaigns that take longer than CI has
 	@$(PYTHON) -m pytest -m long -s
 
+.PHONY: test-kernels
+test-kernels: venv ## The whole sweep of the GPU kernels: interpreted, and compiled for every GPU (without one)
+	@$(PYTHON) -m pytest -m kernels tests/engine/kernels
+
 .PHONY: bench
 bench: venv ## Octavo beside llama.cpp, vLLM and transformers on this machine (sets them up at first; ARGS=--help)
 	@PYTHONPATH=e2e:benchmarks $(PYTHON) -m octavo_bench $(ARGS)
@@ -66,7 +70,7 @@ lint: venv ## ruff, mypy strict, import-linter, generated files up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/mypy tests e2e manifests/generate.py docs/generate_options.py
+	@$(VENV)/bin/mypy tests e2e manifests/generate.py docs/generate_options.py docs/generate_kernels.py
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) -m octavo_operator.api.crd --check
 
@@ -76,10 +80,11 @@ format: venv ## Format and fix what ruff can fix
 	@$(VENV)/bin/ruff format
 
 .PHONY: generate
-generate: venv ## Write the generated files anew (CRD, chart template, manifests/install, docs/options.md)
+generate: venv ## Write the generated files anew (CRD, chart template, manifests/install, docs/options.md, docs/kernels.md)
 	@$(PYTHON) -m octavo_operator.api.crd
 	@PYTHONPATH=e2e $(PYTHON) manifests/generate.py
 	@$(PYTHON) docs/generate_options.py
+	@$(PYTHON) docs/generate_kernels.py
 
 .PHONY: lock
 lock: venv ## Resolve the newest versions, at least a week old, into constraints.txt

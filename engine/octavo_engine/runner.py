@@ -31,6 +31,7 @@ from octavo_engine.weights.stored import WeightSource
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.config import EngineConfig
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.planning import Model, Plan
@@ -182,9 +183,18 @@ def _torch_steps(
     spec: DecoderSpec, weights: WeightSource, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
 ) -> TorchSteps:
     rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
-    attention = ReferenceAttention(_cache_shape(spec, plan), rules, dtype=dtype, device=device)
+    attention = _attention(_cache_shape(spec, plan), rules, dtype, device)
     model = TorchDecoder(spec, weights, attention, num_positions=plan.max_model_len, dtype=dtype, device=device)
     return TorchSteps(model, attention, block_size=plan.block_size, device=device)
+
+
+def _attention(shape: CacheShape, rules: AttentionRules, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """Kernels where there is a GPU; torch elsewhere, and for float32, whose promise of equal results only it keeps."""
+    if device.type == "cuda" and dtype != torch.float32:
+        from octavo_engine.attention.triton import TritonAttention  # noqa: PLC0415 - Triton is not there without a GPU
+
+        return TritonAttention(shape, rules, dtype=dtype, device=device)
+    return ReferenceAttention(shape, rules, dtype=dtype, device=device)
 
 
 def _cache_shape(spec: DecoderSpec, plan: MemoryPlan) -> CacheShape:
