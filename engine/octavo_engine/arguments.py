@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import octavo_engine
-from octavo_engine.config import Device, DType, EngineConfig, Quantization, ServerConfig
+from octavo_engine.config import Device, DType, EngineConfig, Quantization, SchedulingPolicy, ServerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -197,6 +197,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         type=whole(0),
         metavar="N",
         help="requests that may wait; more are answered 503 (default: four times --max-num-seqs)",
+    )
+    group.add_argument(
+        "--scheduling-policy",
+        choices=get_args(SchedulingPolicy),
+        default=_DEFAULTS["scheduling_policy"],
+        help="who goes first; fcfs: who came first; priority: who has the lower `priority` in the request (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--shutdown-timeout",

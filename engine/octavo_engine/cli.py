@@ -69,6 +69,7 @@ def _serve(options: argparse.Namespace) -> None:
         host=options.host,
         port=options.port,
         max_num_queued_reqs=options.max_num_queued_reqs,
+        scheduling_policy=options.scheduling_policy,
         shutdown_timeout=options.shutdown_timeout,
         termination_log=options.termination_log,
         api_key=tuple(options.api_key),

@@ -138,7 +138,12 @@ class EngineClient:
         return problem
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, num_choices: int = 1
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_choices: int = 1,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestUpdate, None]:
         """Run a request; yield its new tokens as they come, of each choice the last time with `finish_reason`.
 
@@ -155,6 +160,7 @@ class EngineClient:
             prompt_token_ids=tuple(prompt_token_ids),
             sampling=sampling,
             num_choices=num_choices,
+            priority=priority,
         )
         stream = self._streams[request_id] = UpdateStream(request, time.monotonic())
         self._outbox.put_nowait(request)

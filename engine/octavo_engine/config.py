@@ -15,6 +15,7 @@ from octavo_engine.errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["auto", "none"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 
 # Who comes when so many wait would get the first token after about as many whole answers: better to go elsewhere.
 DEFAULT_QUEUED_PER_RUNNING = 4
@@ -58,6 +59,7 @@ class ServerConfig:
     host: str = "0.0.0.0"  # noqa: S104 - a server in a pod listens on every address
     port: int = 8000
     max_num_queued_reqs: int | None = None  # requests that may wait to be scheduled; None: four for each running one
+    scheduling_policy: SchedulingPolicy = "fcfs"  # priority: requests may say that they go before others, or after
     shutdown_timeout: float = 300.0  # seconds that running requests get to finish after SIGTERM
     termination_log: Path | None = None  # where a refusal to start is written as JSON for the operator
     api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them is accepted; with those of the file

@@ -51,6 +51,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()  # strings that end the text, from sampling.min_tokens tokens on
     include_stop: bool = False  # what ended the text (stop string or stop token) is part of it
     num_choices: int = 1  # answers to generate
+    priority: int = 0  # lower goes first
     show_control: bool = False  # control tokens are part of the text
     shown_ids: frozenset[int] = frozenset()  # these control tokens are in any case
 
@@ -279,7 +280,7 @@ class LanguageModel:
         ]
         num_living = len(answers)
         updates = self._client.generate(
-            request.request_id, request.prompt_token_ids, request.sampling, request.num_choices
+            request.request_id, request.prompt_token_ids, request.sampling, request.num_choices, request.priority
         )
         async with contextlib.aclosing(updates):
             async for update in updates:

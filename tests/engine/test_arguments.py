@@ -27,6 +27,7 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
     "--served-model-name": (None, "org/m", ["org/m"], {}),
     "--chat-template": (None, "t.jinja", Path("t.jinja"), {}),
     "--max-num-queued-reqs": (None, "0", 0, {"-1": "not a whole number of at least 0"}),
+    "--scheduling-policy": ("fcfs", "priority", "priority", {"lifo": "invalid choice"}),
     "--shutdown-timeout": (300.0, "1.5", 1.5, {"nan": "not a number from 0 to 86400", "-1": "not a number"}),
     "--termination-log": (None, "log.json", Path("log.json"), {}),
     "--api-key": ([], "k", ["k"], {"": "a key has printable", " k": "a key has printable", "\u00e9": "a key has"}),

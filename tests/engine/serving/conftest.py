@@ -76,6 +76,7 @@ class FakeEngine:
         answers: where one is given for a choice, it gets this instead.
         sampling: of the last request.
         prompt_token_ids: of the same.
+        begun: the prompts' tokens of all requests, in the order of their first tokens.
         refusal: refuse to start with this message.
         failing: requests whose prompt holds this text fail, alone.
         loaded: the model is loaded once this is set.
@@ -88,6 +89,7 @@ class FakeEngine:
         self.answers: dict[int, str | bytes] = {}
         self.sampling: SamplingParams | None = None
         self.prompt_token_ids: list[int] = []
+        self.begun: list[list[int]] = []
         self.refusal: str | None = None
         self.failing: str | None = None
         self.loaded = threading.Event()
@@ -168,6 +170,8 @@ class FakeRunner:
             if failing is not None and bytes(max(0, i - FIRST_BYTE) for i in prompt).find(failing.encode()) >= 0:
                 results += [RequestResult(error="not a number") for _ in request.choices]
                 continue
+            if (request.request_id, 0) not in self._answers:
+                self._engine.begun.append(prompt)
             self._engine.sampling = request.sampling
             self._engine.prompt_token_ids = prompt
             if request.sampling.embed:

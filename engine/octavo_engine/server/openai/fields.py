@@ -46,7 +46,6 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "modalities": only(["text"]),
     "moderation": only(),
     "prediction": only(instead="leave it out: the answer is the same without"),
-    "priority": only(0, instead="requests are served in the order in which they come"),
     "prompt_cache_key": of_kind(str),
     "prompt_cache_options": only(),
     "prompt_cache_retention": of_kind(str),

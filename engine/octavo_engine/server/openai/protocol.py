@@ -3,8 +3,8 @@
 What has no field here is in fields.py, or unknown. docs/api.md is the list for users.
 
 Field names and meanings: OpenAI's API reference; top_k, min_p, repetition_penalty, min_tokens, stop_token_ids,
-include_stop_str_in_output, skip_special_tokens, return_tokens_as_token_ids, request_id, ignore_eos and
-continuous_usage_stats are vLLM's.
+include_stop_str_in_output, skip_special_tokens, return_tokens_as_token_ids, request_id, ignore_eos,
+priority and continuous_usage_stats are vLLM's.
 """
 
 from typing import Annotated, Any, Final, Literal, Self, TypeGuard
@@ -128,6 +128,7 @@ class _GenerationBody(Strict):
         | None
     ) = None
     n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # lower goes first
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[

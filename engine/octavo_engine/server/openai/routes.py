@@ -58,7 +58,7 @@ async def begin_chat(body: ChatCompletionRequest, service: Service, request_id: 
         RequestInvalid, NotServing: it cannot be answered.
     """
     model = service.model_named(body.model)
-    _check_num_choices(body, service)
+    _check_scheduling(body, service)
     choice = body.tools_to_call
     prompt = await model.encode_chat(
         [message.for_template() for message in body.messages],
@@ -92,7 +92,7 @@ async def create_completion(
 ) -> Response:
     """Continue a prompt, or several."""
     model = service.model_named(body.model)
-    _check_num_choices(body, service)
+    _check_scheduling(body, service)
     service.check_num_prompts(len(body.prompt), "prompt")
     request_id = f"cmpl-{uuid.uuid4().hex}"
     grammar = await service.grammar(body.wanted_output)
@@ -163,11 +163,18 @@ def _generation(
         stop=stop_strings(model.parameters) if body.stop is None else body.stop,
         include_stop=bool(body.include_stop_str_in_output),
         num_choices=body.n or 1,
+        priority=body.priority or 0,
         show_control=body.skip_special_tokens is False,
     )
 
 
-def _check_num_choices(body: ChatCompletionRequest | CompletionRequest, service: Service) -> None:
+def _check_scheduling(body: ChatCompletionRequest | CompletionRequest, service: Service) -> None:
     most = service.config.engine.max_num_seqs
     if (body.n or 1) > most:
         raise RequestInvalid(f"n is {body.n}, and --max-num-seqs lets {most} answers be generated at once", param="n")
+    if body.priority and service.config.scheduling_policy == "fcfs":
+        raise RequestInvalid(
+            f"priority is {body.priority}, and requests are served here in the order in which they come; leave it out, "
+            "or have the server started with --scheduling-policy priority",
+            param="priority",
+        )
