@@ -2,7 +2,7 @@
 
 Used by v1alpha1.py (and by later versions). A rule is written once, as data beside the field or model it belongs to:
 crd.py takes its CEL for the API server, pydantic runs its predicate everywhere else (`kubectl octavo render`, the
-operator's own reading). One table of samples holds both to the same verdict (tests/operator/test_samples.py).
+operator's own reading). One table of samples holds both to the same verdict (tests/operator/samples/).
 
 Knows nothing of Kubernetes objects or of what the fields mean.
 """
