@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field
 
 from octavo_operator import names
+from octavo_operator.api.affinity import Affinity
 from octavo_operator.api.base import (
     VALID_KEYS,
     DataKey,
@@ -228,6 +229,7 @@ class PodSettings(Model):
     ] = Field(
         default=(), description="Variables such as HF_ENDPOINT or HTTPS_PROXY, for the engine and what pulls the model."
     )
+    affinity: Affinity | None = Field(default=None, description="On which nodes and beside which pods they run.")
     topology_spread_constraints: Annotated[
         ListOf[TopologySpreadConstraint],
         Field(
