@@ -95,7 +95,7 @@ class EngineClient:
         self._streams: dict[str, UpdateStream] = {}
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._last_message = time.monotonic()
-        self._progress: liveness.Progress | None = None  # set once the engine is ready
+        self._progress = liveness.Progress(process.pid, device=None)  # another one once the engine is ready
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineFacts] = loop.create_future()
         self._death: asyncio.Future[str] = loop.create_future()
@@ -129,10 +129,10 @@ class EngineClient:
 
     @property
     def problem(self) -> str | None:
-        """Why the engine cannot be counted on, or None. Loading may pause for as long as the disk does."""
+        """Why the engine cannot be counted on, or None."""
         if self._death.done():
             return self._death.result()
-        problem = self._progress.problem if self._progress is not None else None
+        problem = self._progress.problem
         if problem is not None and self.stats is not None:
             problem += f". {self.stats.num_running} requests run, {self.stats.num_waiting} wait"
         return problem
@@ -206,16 +206,14 @@ class EngineClient:
     async def _watch(self) -> None:
         while not self._death.done():
             await asyncio.sleep(liveness.LOOK_SECONDS)
-            if self._progress is not None:
-                self._progress.look(liveness.look_at(self._process.pid))
+            self._progress.look(liveness.look_at(self._process.pid))
 
     async def _receive(self) -> None:
         try:
             while True:
                 message = await self._channel.receive()
                 self._last_message = time.monotonic()
-                if self._progress is not None:
-                    self._progress.heard()
+                self._progress.heard()
                 match message:
                     case StepOutputs():
                         self._on_step(message)

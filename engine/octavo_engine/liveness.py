@@ -4,14 +4,15 @@ client.py feeds it; /health, /ready and the admission of requests ask it, throug
 of HTTP, asyncio or what the engine does.
 
 The engine speaks after every step, and twice a second while idle (core.py). So what has to be judged is silence, and
-silence has two honest causes: a step that takes long, and a machine that gives the process no time. Hence the rule, for
-an engine that has loaded its model:
+silence has two honest causes: a step that takes long, and a machine that gives the process no time. Hence the rule:
 
 - It is stuck after STUCK_SECONDS in which it said nothing and did nothing: no processor time used by any of its
   threads (waiting for a lock, a disk or a device that does not answer; stopped by a signal). A process that is ready to
   run but gets no processor counts as busy: that is the machine's fault, and a restart would not help.
 - It is stuck after LONGEST_STEP_SECONDS without a word, however busy: then it is an endless loop. On a GPU the limit is
   lower: no step takes so long there, and a process that waits for a GPU that hangs is busy waiting.
+- An engine that still loads its model may take as long as it computes or reads: it is stuck after LOAD_STUCK_SECONDS in
+  which it said nothing and did nothing. Disks and networks do pause, so that is long.
 
 Time is counted in looks, not read from a clock: where this process itself was stopped or starved, the engine's messages
 of that time lie in the socket still unread, and must not be missed.
@@ -19,12 +20,14 @@ of that time lie in the socket still unread, and must not be missed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 LOOK_SECONDS: Final = 1.0  # how often client.py looks
 STUCK_SECONDS: Final = 5.0  # so that it is told within 10 s, also where this process gets little time to look
+LOAD_STUCK_SECONDS: Final = 600.0
 LONGEST_STEP_SECONDS: Final = {"cpu": 300.0, "cuda": 60.0}  # by device
 
 _READY_TO_RUN: Final = "R"
@@ -50,16 +53,17 @@ def look_at(pid: int) -> Activity | None:
 
 
 class Progress:
-    """What is known of one engine process that has loaded its model.
+    """What is known of one engine process.
 
     Args:
         pid: its process id, to be told.
-        device: what it computes on, a key of LONGEST_STEP_SECONDS.
+        device: what it computes on, a key of LONGEST_STEP_SECONDS; None while it loads its model.
     """
 
-    def __init__(self, pid: int, device: str) -> None:
+    def __init__(self, pid: int, device: str | None) -> None:
         self._pid = pid
-        self._longest_step = LONGEST_STEP_SECONDS[device]
+        self._patience = LOAD_STUCK_SECONDS if device is None else STUCK_SECONDS
+        self._longest_step = math.inf if device is None else LONGEST_STEP_SECONDS[device]
         self._silent = 0.0  # seconds since its last word
         self._inactive = 0.0  # seconds of these since it was last seen doing something
         self._last: Activity | None = None
@@ -83,7 +87,7 @@ class Progress:
     @property
     def problem(self) -> str | None:
         """Why it is held to be stuck, or None."""
-        if self._inactive >= STUCK_SECONDS and self._last is not None:
+        if self._inactive >= self._patience and self._last is not None:
             state = _STATES.get(self._last.state, "waiting")
             return (
                 f"the engine process (pid {self._pid}) has been silent for {self._silent:.0f} s and has used no "

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from octavo_engine.liveness import LONGEST_STEP_SECONDS, LOOK_SECONDS, STUCK_SECONDS, Activity, Progress, look_at
+from octavo_engine.liveness import (
+    LOAD_STUCK_SECONDS,
+    LONGEST_STEP_SECONDS,
+    LOOK_SECONDS,
+    STUCK_SECONDS,
+    Activity,
+    Progress,
+    look_at,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +44,7 @@ def waiting(state: str) -> Callable[[], Activity]:
     return lambda: Activity(state, 17)
 
 
-def after(num_looks: int, activity: Callable[[], Activity | None], device: str = "cpu") -> Progress:
+def after(num_looks: int, activity: Callable[[], Activity | None], device: str | None = "cpu") -> Progress:
     """What is known after so many looks at a process that said something before the first one."""
     progress = Progress(4242, device)
     progress.look(activity())
@@ -73,6 +81,14 @@ def test_a_long_step_is_no_problem_while_the_process_computes_or_would_if_it_cou
 def test_an_endless_loop_is_stuck_however_busy() -> None:
     assert after(LONGEST_STEP_LOOKS - 1, Computing("R")).problem is None
     assert "busy" in str(after(LONGEST_STEP_LOOKS, Computing("R")).problem)
+
+
+def test_a_load_may_take_as_long_as_it_goes_on_and_a_disk_may_pause() -> None:
+    load_looks = round(LOAD_STUCK_SECONDS / LOOK_SECONDS)
+    assert load_looks > STUCK_LOOKS
+    assert after(10 * load_looks, Computing("D"), device=None).problem is None
+    assert after(load_looks - 1, waiting("D"), device=None).problem is None
+    assert "waiting for a disk" in str(after(load_looks, waiting("D"), device=None).problem)
 
 
 def test_waiting_for_a_gpu_looks_busy_and_is_given_less_time() -> None:

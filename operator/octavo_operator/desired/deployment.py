@@ -25,8 +25,9 @@ TERMINATION_LOG: Final = "/dev/termination-log"
 USER_ID: Final = 65532  # the "nonroot" of distroless images; numeric, so that runAsNonRoot can be checked
 PRE_STOP_SECONDS: Final = 5  # a pod that is to end serves on while the endpoints forget it
 EXIT_MARGIN_SECONDS: Final = 25  # after the drain: to close the sockets and end the engine process
-STARTUP_PERIOD_SECONDS: Final = 2  # a small model is ready at once
-STARTUP_BUDGET_SECONDS: Final = 3 * 3600  # a large one reads hundreds of gigabytes from a slow disk
+STARTUP_PERIOD_SECONDS: Final = 2
+STARTUP_BUDGET_SECONDS: Final = 300  # until the server answers; it answers long before the model is loaded
+PROGRESS_DEADLINE_SECONDS: Final = 1800  # what pulls or loads is not held to it: status.py
 OLD_REPLICA_SETS: Final = 3
 
 
@@ -61,7 +62,7 @@ def build(
         **replicas,
         "selector": {"matchLabels": names.selector(service.name)},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": rolling_update},
-        "progressDeadlineSeconds": STARTUP_BUDGET_SECONDS + 600,
+        "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
         "revisionHistoryLimit": OLD_REPLICA_SETS,
         "template": _pod_template(service, spec.engine.image or engine_image),
     }
@@ -115,6 +116,7 @@ def _placement(service: InferenceService) -> Manifest:
         tolerations.insert(0, {"key": names.GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
     placement: Manifest = {
         "nodeSelector": node_selector,
+        "affinity": pod.affinity.to_dict() if pod.affinity is not None else {},
         "tolerations": tolerations,
         "imagePullSecrets": [secret.to_dict() for secret in pod.image_pull_secrets],
         "priorityClassName": pod.priority_class_name,
@@ -179,8 +181,9 @@ def _engine_container(service: InferenceService, image: str, model_path: str) ->
         **_environment(service),
         "ports": [{"name": names.HTTP_PORT_NAME, "containerPort": names.HTTP_PORT, "protocol": "TCP"}],
         "resources": _resources(service, gpus=True),
+        # Not /ready: a load takes as long as it takes, and /health tells one that goes on from one that is stuck.
         "startupProbe": _probe(
-            "/ready", period=STARTUP_PERIOD_SECONDS, failures=STARTUP_BUDGET_SECONDS // STARTUP_PERIOD_SECONDS
+            "/health", period=STARTUP_PERIOD_SECONDS, failures=STARTUP_BUDGET_SECONDS // STARTUP_PERIOD_SECONDS
         ),
         "readinessProbe": _probe("/ready", period=5, failures=3),
         "livenessProbe": _probe("/health", period=10, failures=6),
