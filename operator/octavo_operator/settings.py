@@ -6,6 +6,7 @@ the design (timeouts, rates, numbers of workers) stand in the modules that use t
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,6 +23,7 @@ class Settings:
 
     engine_image: str  # the image of the engine's containers, unless spec.engine.image names another
     namespaces: tuple[str, ...] = ()  # the namespaces served; empty means all of them
+    prometheus_url: str | None = None  # that KEDA asks for every metric but cpu
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
     health_port: int = 8080  # GET /healthz: 200 while every watch makes progress, else 500
@@ -37,6 +39,7 @@ class Settings:
         return cls(
             engine_image=parsed.engine_image,
             namespaces=tuple(dict.fromkeys(parsed.namespace)),
+            prometheus_url=parsed.prometheus_url,
             log_level=parsed.log_level,
             log_format=parsed.log_format,
             health_port=parsed.health_port,
@@ -66,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="serve this namespace only; may be given several times; without it all namespaces are served",
     )
+    parser.add_argument(
+        "--prometheus-url",
+        type=http_url,
+        metavar="URL",
+        help="where KEDA reaches the Prometheus that has the engines' metrics; without it KEDA scales by cpu only",
+    )
     parser.add_argument("--log-level", choices=get_args(LogLevel), default="info", help="default: %(default)s")
     parser.add_argument("--log-format", choices=get_args(LogFormat), default="text", help="default: %(default)s")
     parser.add_argument(
@@ -80,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
 def _not_empty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def http_url(text: str) -> str:
+    """An address of a web server, as an argument."""
+    if re.fullmatch(r"https?://[^\s/]+(?:/\S*)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL such as http://prometheus.monitoring.svc:9090")
     return text
 
 

@@ -95,11 +95,19 @@ def test_a_digest_goes_before_the_tag(template: Template) -> None:
 
 
 def test_the_operator_understands_every_argument(template: Template) -> None:
-    objects = template({"watchNamespaces": ["team-a", "team-b"], "log": {"level": "debug", "format": "text"}})
+    prometheus = "http://prometheus.monitoring.svc:9090"
+    objects = template(
+        {
+            "watchNamespaces": ["team-a", "team-b"],
+            "prometheus": {"url": prometheus},
+            "log": {"level": "debug", "format": "text"},
+        }
+    )
 
     assert settings(objects) == Settings(
         engine_image=settings(objects).engine_image,
         namespaces=("team-a", "team-b"),
+        prometheus_url=prometheus,
         log_level="debug",
         log_format="text",
         health_port=8080,
@@ -111,6 +119,7 @@ def test_by_default_the_operator_serves_all_namespaces_and_logs_json(template: T
     parsed = settings(template())
 
     assert parsed.namespaces == ()
+    assert parsed.prometheus_url is None
     assert (parsed.log_level, parsed.log_format) == ("info", "json")
 
 
@@ -356,6 +365,7 @@ WRONG: Final[list[tuple[Manifest, str]]] = [
     ({"watchNamespaces": "team-a"}, "at '/watchNamespaces': got string, want array"),
     ({"watchNamespaces": ["Team_A"]}, "at '/watchNamespaces/0': 'Team_A' does not match pattern"),
     ({"watchNamespaces": ["a", "a"]}, "at '/watchNamespaces': items at 0 and 1 are equal"),
+    ({"prometheus": {"url": "prometheus:9090"}}, "at '/prometheus/url': 'prometheus:9090' does not match pattern"),
     ({"serviceAccount": {"create": False}}, "at '/serviceAccount/name': minLength: got 0, want 1"),
     ({"log": {"level": "trace"}}, "at '/log/level': value must be one of 'debug', 'info', 'warning', 'error'"),
     ({"log": {"format": "xml"}}, "at '/log/format': value must be one of 'json', 'text'"),

@@ -4,6 +4,7 @@ The packages never import each other; only here are both at hand.
 """
 
 import argparse
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from octavo_engine.arguments import build_parser
+from octavo_engine.server.metrics import Metrics
+from octavo_operator.desired.load import SIGNALS
 
 GOLDEN: Final = Path(__file__).parent / "golden"
 
@@ -46,6 +49,12 @@ def test_what_the_spec_says_arrives_in_the_engine() -> None:
     assert (options.dtype, options.device, options.tensor_parallel_size) == ("float32", "cpu", 1)
     assert (options.max_model_len, options.max_num_seqs, options.seed) == (2048, 16, 7)
     assert options.shutdown_timeout == 60
+
+
+def test_the_engine_serves_every_series_by_which_services_scale() -> None:
+    served = Metrics("m").render().decode()
+    for signal in SIGNALS.values():
+        assert re.search(rf"^{signal.series}{{", served, re.MULTILINE), signal.series
 
 
 def test_an_abbreviation_of_an_owned_flag_does_not_get_past_the_engine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ def test_every_flag_reaches_its_field() -> None:
             "--namespace=a",
             "--namespace=b",
             "--namespace=a",
+            "--prometheus-url=http://prometheus:9090/p",
             "--log-level=debug",
             "--log-format=json",
             "--health-port=1",
@@ -23,6 +24,7 @@ def test_every_flag_reaches_its_field() -> None:
     assert settings == Settings(
         engine_image="e",
         namespaces=("a", "b"),
+        prometheus_url="http://prometheus:9090/p",
         log_level="debug",
         log_format="json",
         health_port=1,
@@ -39,6 +41,7 @@ def test_every_flag_reaches_its_field() -> None:
         (["--engine-image=e", "--log-level=loud"], "invalid choice: 'loud'"),
         (["--engine-image=e", "--health-port=0"], "'0' is not a TCP port"),
         (["--engine-image=e", "--metrics-port=x"], "'x' is not a TCP port"),
+        (["--engine-image=e", "--prometheus-url=prometheus:9090"], "is not a URL such as"),
         (["--engine-image=e", "--metrics-port=8080"], "they must differ"),
         (["--engine=e"], "--engine-image"),
     ],

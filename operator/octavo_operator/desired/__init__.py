@@ -28,6 +28,7 @@ def children(
     offered: Collection[str] = (),
     ends_first: bool = False,
     keep_count: bool = False,
+    prometheus_url: str | None = None,
 ) -> tuple[Manifest, ...]:
     """Every child that should exist, complete as the operator applies it. A kind that is missing should not exist.
 
@@ -40,6 +41,7 @@ def children(
         offered: those of resources.OPTIONAL's kinds that the cluster has.
         ends_first: whether an old pod ends before its successor starts; see rollout.py.
         keep_count: whether the number of pods that there are stays, where the spec gives none; see rollout.py.
+        prometheus_url: the Prometheus that KEDA can ask, if there is one.
     """
     cache = service.spec.model.cache
     manifests = [
@@ -52,9 +54,11 @@ def children(
     ]
     if POD_MONITOR.kind in offered:
         manifests.append(monitor.build(service))
-    if service.spec.autoscaling is not None:
-        build = scaled_object.build if SCALED_OBJECT.kind in offered else autoscaler.build
-        manifests.append(build(service, service.spec.autoscaling))
+    if (autoscaling := service.spec.autoscaling) is not None:
+        if SCALED_OBJECT.kind in offered and scaled_object.can_measure(autoscaling, prometheus_url):
+            manifests.append(scaled_object.build(service, autoscaling, prometheus_url))
+        else:
+            manifests.append(autoscaler.build(service, autoscaling))
     return tuple(manifests)
 
 

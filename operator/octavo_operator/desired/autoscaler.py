@@ -5,6 +5,7 @@ from typing import Final
 from octavo_operator import names
 from octavo_operator.api.autoscaling import AutoscalingSpec
 from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.desired.load import SIGNALS, threshold
 from octavo_operator.desired.metadata import Manifest, object_meta
 
 # A replica that has loaded its model is worth keeping: one goes at a time, and none because of a short lull.
@@ -24,18 +25,18 @@ def build(service: InferenceService, autoscaling: AutoscalingSpec) -> Manifest:
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": names.deployment(service.name)},
             "minReplicas": autoscaling.min_replicas,
             "maxReplicas": autoscaling.max_replicas,
-            "metrics": [
-                {
-                    "type": "Resource",
-                    "resource": {
-                        "name": autoscaling.metric,
-                        "target": {"type": "Utilization", "averageUtilization": int(autoscaling.target)},
-                    },
-                }
-            ],
+            "metrics": [_metric(autoscaling)],
             "behavior": behavior(autoscaling),
         },
     }
+
+
+def _metric(autoscaling: AutoscalingSpec) -> Manifest:
+    if autoscaling.metric == "cpu":
+        target: Manifest = {"type": "Utilization", "averageUtilization": int(autoscaling.wanted)}
+        return {"type": "Resource", "resource": {"name": "cpu", "target": target}}
+    target = {"type": "AverageValue", "averageValue": threshold(autoscaling)}
+    return {"type": "Pods", "pods": {"metric": {"name": SIGNALS[autoscaling.metric].pods_metric}, "target": target}}
 
 
 def behavior(autoscaling: AutoscalingSpec) -> Manifest:

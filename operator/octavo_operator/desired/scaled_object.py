@@ -7,11 +7,18 @@ from octavo_operator import names
 from octavo_operator.api.autoscaling import AutoscalingSpec
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired.autoscaler import behavior
+from octavo_operator.desired.load import query, threshold
 from octavo_operator.desired.metadata import Manifest, object_meta
 
 
-def build(service: InferenceService, autoscaling: AutoscalingSpec) -> Manifest:
-    """The manifest of the ScaledObject of the Deployment."""
+def build(service: InferenceService, autoscaling: AutoscalingSpec, prometheus_url: str | None) -> Manifest:
+    """The manifest of the ScaledObject of the Deployment.
+
+    Args:
+        service: the resource.
+        autoscaling: its spec.autoscaling.
+        prometheus_url: where KEDA asks for every metric but cpu.
+    """
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
@@ -21,8 +28,24 @@ def build(service: InferenceService, autoscaling: AutoscalingSpec) -> Manifest:
             "minReplicaCount": autoscaling.min_replicas,
             "maxReplicaCount": autoscaling.max_replicas,
             "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior(autoscaling)}},
-            "triggers": [
-                {"type": autoscaling.metric, "metricType": "Utilization", "metadata": {"value": autoscaling.target}}
-            ],
+            "triggers": [_trigger(service, autoscaling, prometheus_url)],
         },
     }
+
+
+def can_measure(autoscaling: AutoscalingSpec, prometheus_url: str | None) -> bool:
+    """Whether KEDA gets at the metric."""
+    return autoscaling.metric == "cpu" or prometheus_url is not None
+
+
+def _trigger(service: InferenceService, autoscaling: AutoscalingSpec, prometheus_url: str | None) -> Manifest:
+    if autoscaling.metric == "cpu":
+        return {"type": "cpu", "metricType": "Utilization", "metadata": {"value": autoscaling.wanted}}
+    assert prometheus_url is not None
+    metadata = {
+        "serverAddress": prometheus_url,
+        "query": query(service, autoscaling),
+        "threshold": threshold(autoscaling),
+        "ignoreNullValues": "false",  # else pods would go when Prometheus loses sight of them
+    }
+    return {"type": "prometheus", "metricType": "AverageValue", "metadata": metadata}
