@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Final, Generic, Protocol, TypeVar
 
 from octavo_operator import metrics, names
@@ -93,6 +93,9 @@ class Cache(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._objects)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._objects.values())
 
     def put(self, body: Json) -> None:
         """Take in what one of our own writes has returned, because the watch may tell of it only later."""

@@ -158,6 +158,10 @@ class Caches:
         """Why the process should be restarted; empty while all is well."""
         return [trouble for cache in self._all if (trouble := cache.trouble) is not None]
 
+    def pods(self) -> list[Pod]:
+        """All pods of the engine, of every InferenceService."""
+        return [pod for cache in self._pods for pod in cache]
+
     def observed(self, key: Key) -> Observed:
         """What there is of an InferenceService, as far as it carries our label."""
         of_service = [cache for cache in self._all if cache.namespace in {None, key.namespace}]

@@ -10,12 +10,13 @@ makes of an image's name, nor what an autoscaler, a mesh or a person adds, makes
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from octavo_operator import names
 from octavo_operator.observe import Child, Observed
+from octavo_operator.ownership import owns
 from octavo_operator.resources import DEPLOYMENT, Json
 
 REPLICAS_MANAGER: Final = "octavo-replicas"  # keeps `replicas` when we let go of it, until the autoscaler takes it
@@ -96,7 +97,7 @@ def _is_as_applied(child: Child, manifest: Json) -> bool:
         return False
     owned = json.loads(child.owned_fields or "{}")
     return all(
-        _owns(owned.get(f"f:{key}"), value)
+        owns(owned.get(f"f:{key}"), value)
         for key, value in _stated(manifest).items()
         if key not in {"apiVersion", "kind"}
     )
@@ -106,35 +107,6 @@ def _stated(manifest: Json) -> Json:
     """The manifest without what identifies the object: nobody owns that."""
     metadata = {key: value for key, value in manifest["metadata"].items() if key not in {"name", "namespace"}}
     return {**manifest, "metadata": metadata}
-
-
-def _owns(owned: Mapping[str, Any] | None, value: Any) -> bool:
-    """Whether a node of fieldsV1 covers a value.
-
-    A node without members is owned as a whole: a scalar, an empty or an atomic value. Members of a map are called
-    f:NAME; those of a list k:{KEYS}, by the fields that tell its items apart, or v:VALUE in a list that is a set.
-    """
-    if owned is None:
-        return False
-    if not owned:
-        return True
-    if isinstance(value, Mapping):
-        return all(_owns(owned.get(f"f:{name}"), member) for name, member in value.items())
-    if isinstance(value, list):
-        return all(_owns_item(owned, item) for item in value)
-    return False
-
-
-def _owns_item(owned: Mapping[str, Any], item: Any) -> bool:
-    if not isinstance(item, Mapping):
-        return f"v:{json.dumps(item)}" in owned
-    for name, node in owned.items():
-        if name.startswith("k:"):
-            keys = json.loads(name[2:])
-            # A key that the item leaves out (such as a port's protocol) has been defaulted by the server.
-            if all(item.get(key, value) == value for key, value in keys.items()):
-                return _owns(node, item)
-    return False
 
 
 def _hand_over_replicas(child: Child, manifest: Json) -> list[Json]:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
-from octavo_operator.observe import Container, Pod, Termination
+from octavo_operator.observe import IMAGE_REASONS, Container, Pod, Termination
 from octavo_operator.resources import Json
 
 MESSAGE_LIMIT: Final = 1024  # characters of what others say, in our messages
@@ -72,8 +72,7 @@ class Cause(Enum):
     IMAGE_PULL_FAILED = _Row(
         "False",
         "ImagePullFailed",
-        '{pods} cannot pull the image "{image}": check that it exists, and spec.pod.imagePullSecrets if its registry '
-        "wants a login",
+        '{pods} cannot pull the image "{image}": {why}',
     )
     SECRET_NOT_FOUND = _Row("False", "SecretNotFound", "{pods} cannot start: {detail}: create it, or correct {field}")
     MOUNT_FAILED = _Row("False", "VolumeMountFailed", "{pods} cannot start: {detail}")
@@ -95,8 +94,8 @@ class Cause(Enum):
     STALLED = _Row("False", "ProgressDeadlineExceeded", "no pod has become ready for too long: {detail}")
     GATED = _Row("Unknown", "SchedulingGated", "{pods} wait for their scheduling gates to be lifted")
     STARTING = _Row("Unknown", "Starting", "{pods} are being started")
-    PULLING = _Row("Unknown", "Pulling", "{pods} pull the model from {source}")
-    LOADING = _Row("Unknown", "Loading", "{pods} load the model")
+    PULLING = _Row("Unknown", "Pulling", "{pods} pull the model from {source}{percent}")
+    LOADING = _Row("Unknown", "Loading", "{pods} load the model{percent}")
     POD_FAILED = _Row("False", "PodFailed", "{pods} failed: {detail}")
     ROLLING_OUT = _Row("Unknown", "RollingOut", "{detail}")
     READY = _Row("True", "Ready", "{detail}")
@@ -141,6 +140,8 @@ def diagnose(pod: Pod, service: InferenceService) -> Finding:
 def _troubles(pod: Pod, service: InferenceService) -> Iterator[Finding | None]:
     """What is wrong with a pod that has a node, in the order in which it would happen."""
     for container in pod.all_containers:
+        if container.waiting in IMAGE_REASONS:
+            yield _diagnose_pull(container, pod.lost_pull_secrets, service)
         yield _diagnose_container(container, service)
     if pod.hindrance:
         detail = stable(pod.hindrance)
@@ -153,14 +154,15 @@ def _troubles(pod: Pod, service: InferenceService) -> Iterator[Finding | None]:
 
 def _progress(pod: Pod, service: InferenceService) -> Finding:
     """How far a pod is in which nothing is wrong."""
+    percent = "" if pod.percent is None else f": {pod.percent} %"
     pull = next((container for container in pod.init_containers if container.name == names.PULL_CONTAINER), None)
     if pull is not None and pull.running:
-        return Finding.of(Cause.PULLING, source=service.spec.model.source)
+        return Finding.of(Cause.PULLING, source=service.spec.model.source, percent=percent)
     has_pulled = pull is not None and pull.ended is not None  # and well: otherwise that would have been told above
     if has_pulled or any(
         container.name == names.ENGINE_CONTAINER and container.running for container in pod.containers
     ):
-        return Finding.of(Cause.LOADING)
+        return Finding.of(Cause.LOADING, percent=percent)
     return Finding.of(Cause.STARTING)
 
 
@@ -173,7 +175,9 @@ def _diagnose_unscheduled(reason: str, message: str, service: InferenceService) 
         field = "spec.model.source" if service.spec.model.cache is None else "spec.model.cache.claimName"
         return Finding.of(Cause.MODEL_SOURCE_NOT_FOUND, claim=missing_claim[1], namespace=namespace, field=field)
     # After the nodes' reasons the scheduler says why preempting others would not help, which says nothing more.
-    detail = re.split(r"[.,]? +(?:no new claims to deallocate, )?preemption:", message)[0].rstrip(". ") + "."
+    detail = (
+        re.split(r"[.,]? +(?:no new claims to deallocate, )?preemption:|[.] not found$", message)[0].rstrip(". ") + "."
+    )
     if re.search(r"unbound (?:immediate )?PersistentVolumeClaims|persistent volumes? to bind", message):
         return Finding.of(Cause.VOLUME_NOT_BOUND, detail=detail, namespace=namespace)
     if short := sorted(set(re.findall(r"Insufficient ([^\s,]+[^\s,.])", message))):
@@ -210,13 +214,30 @@ def diagnose_creation(message: str, service: InferenceService) -> Finding:
     return Finding.of(Cause.PODS_FORBIDDEN, detail=detail)
 
 
-_IMAGE_REASONS: Final = {
-    "ErrImagePull",
-    "ImagePullBackOff",
-    "InvalidImageName",
-    "ErrImageNeverPull",
-    "ImageInspectError",
-}
+# What registries and the node's container runtime say, and what that means; the first that fits.
+_PULL_FAILURES: Final = (
+    (r"couldn't parse image|invalid reference format", "that is no image's name: correct spec.engine.image"),
+    (
+        r"\b40[13]\b|unauthorized|authorization failed|authentication required|access denied|requested access",
+        "its registry wants a login, or does not have it: name a Secret with the login in spec.pod.imagePullSecrets",
+    ),
+    (r"not found|manifest unknown|\b404\b", "its registry does not have it: correct spec.engine.image"),
+    (
+        r"no such host|connection refused|timeout|deadline exceeded|no route to host|unreachable|server misbehaving",
+        "its registry cannot be reached from the node",
+    ),
+)
+
+
+def _diagnose_pull(container: Container, lost_secrets: Sequence[str], service: InferenceService) -> Finding:
+    """Why an image cannot be pulled."""
+    said = container.waiting_message
+    meant = (meaning for pattern, meaning in _PULL_FAILURES if re.search(pattern, said))
+    why = next(meant, "check that it exists, and spec.pod.imagePullSecrets if its registry wants a login")
+    named = {secret.name for secret in service.spec.pod.image_pull_secrets}
+    for name in sorted(named.intersection(lost_secrets)):
+        why += f'; the kubelet did not find the Secret "{name}" of spec.pod.imagePullSecrets'
+    return Finding.of(Cause.IMAGE_PULL_FAILED, image=container.image, why=why)
 
 
 _START_REASONS: Final = {
@@ -261,8 +282,6 @@ def _diagnose_container(container: Container, service: InferenceService) -> Find
     """
     if container.ready:
         return None
-    if container.waiting in _IMAGE_REASONS:
-        return Finding.of(Cause.IMAGE_PULL_FAILED, image=container.image)
     if container.waiting in _START_REASONS:
         detail = stable(container.waiting_message)
         if missing := _missing_secret(detail, service):

@@ -14,12 +14,15 @@ from typing import Final, Literal
 
 from octavo_operator import names
 from octavo_operator.decide import Plan
+from octavo_operator.diagnosis import Cause
 from octavo_operator.errors import ApiError
 from octavo_operator.kube import Kube
 from octavo_operator.resources import CONTROLLER_REVISION, EVENT, Json
 from octavo_operator.status import condition
 
 NOTE_LIMIT: Final = 1024  # bytes; the API server refuses longer notes
+
+_IN_PERCENT: Final = {cause.value.reason for cause in (Cause.PULLING, Cause.LOADING)}
 
 _logger = logging.getLogger(__name__)
 
@@ -47,9 +50,11 @@ def of_plan(plan: Plan, created: Iterable[Json]) -> list[Event]:
 
 
 def of_transition(previous: Json, status: Json) -> list[Event]:
-    """Tell that Ready has another status or another reason."""
+    """Tell that Ready has another status or another reason, and how far a pull or a load is."""
     before, after = condition(previous, "Ready"), condition(status, "Ready")
-    if (before.get("status"), before.get("reason")) == (after["status"], after["reason"]):
+    same = (before.get("status"), before.get("reason")) == (after["status"], after["reason"])
+    advanced = after["reason"] in _IN_PERCENT and "%" in after["message"] and before.get("message") != after["message"]
+    if same and not advanced:
         return []
     warns = after["status"] == "False" and after["reason"] != "Suspended"
     return [Event("Warning" if warns else "Normal", after["reason"], "Reconcile", after["message"])]

@@ -5,12 +5,14 @@ status.py are given. `Child.from_json` and `Pod.from_json` are the only readers 
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from octavo_operator import names
-from octavo_operator.resources import Json, Key
+from octavo_operator.ownership import our_fields
+from octavo_operator.resources import DEPLOYMENT, Json, Key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class Child:
     max_surge: int | str | None = None  # of its rolling update
     revision: int = 0  # of a ControllerRevision
     data: str | None = None  # of a ControllerRevision, as JSON text
-    annotations: Mapping[str, str] = field(default_factory=dict)  # of a ControllerRevision
+    annotations: Mapping[str, str] = field(default_factory=dict)  # ours, of a Deployment; see rollout.py
     status: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -62,7 +64,7 @@ class Child:
             max_surge=body.get("spec", {}).get("strategy", {}).get("rollingUpdate", {}).get("maxSurge"),
             revision=body.get("revision", 0),
             data=json.dumps(body["data"]) if "data" in body else None,
-            annotations=metadata.get("annotations", {}) if "data" in body else {},
+            annotations=_our_annotations(metadata) if kind == DEPLOYMENT.kind else {},
             status=body.get("status", {}),
         )
 
@@ -103,6 +105,7 @@ class Pod:
     phase: str
     reason: str  # of the whole pod, such as Evicted
     message: str
+    ip: str  # empty until it has one
     ready: bool
     ready_changed: str  # when `ready` became what it is, RFC 3339
     unscheduled: tuple[str, str] | None  # (reason, message) of PodScheduled while it is False
@@ -110,6 +113,8 @@ class Pod:
     init_containers: tuple[Container, ...]
     containers: tuple[Container, ...]
     hindrance: str = ""  # why the kubelet cannot start it, where only an event tells; see `hindrance`
+    lost_pull_secrets: tuple[str, ...] = ()  # which only an event tells, too; see `lost_pull_secrets`
+    percent: int | None = None  # of the model that it pulls or loads, where it says so itself; see loading.py
 
     @classmethod
     def from_json(cls, body: Json) -> "Pod":
@@ -127,6 +132,7 @@ class Pod:
             phase=status.get("phase", "Pending"),
             reason=status.get("reason", ""),
             message=status.get("message", ""),
+            ip=status.get("podIP", ""),
             ready=conditions.get("Ready", {}).get("status") == "True",
             ready_changed=conditions.get("Ready", {}).get("lastTransitionTime", ""),
             unscheduled=(
@@ -155,7 +161,28 @@ class Pod:
             and all(container.waiting in {"ContainerCreating", "PodInitializing"} for container in self.all_containers)
         )
 
+    @property
+    def loads_in(self) -> str | None:
+        """The container that pulls or loads the model, if one does; it can be asked how far it is."""
+        if self.ready or self.deleting or not self.ip:
+            return None
+        ours = {names.PULL_CONTAINER, names.ENGINE_CONTAINER}
+        running = (container.name for container in self.all_containers if container.running)
+        return next((name for name in running if name in ours), None)
 
+    @property
+    def cannot_pull(self) -> bool:
+        """Whether an image cannot be pulled; for want of a Secret, its events say."""
+        return not self.deleting and any(container.waiting in IMAGE_REASONS for container in self.all_containers)
+
+
+IMAGE_REASONS: Final = {  # for which a container waits for its image in vain
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+}
 _HINDRANCES: Final = {"FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox"}
 
 
@@ -165,6 +192,13 @@ def hindrance(events: Iterable[Json]) -> str:
     if newest is None or newest.get("reason") not in _HINDRANCES:
         return ""
     return str(newest.get("note", ""))
+
+
+def lost_pull_secrets(events: Iterable[Json]) -> tuple[str, ...]:
+    """The Secrets with a registry's login that the kubelet has looked for in vain, from the pod's events."""
+    notes = (str(event.get("note")) for event in events if event.get("reason") == "FailedToRetrieveImagePullSecret")
+    found = (re.search(r"image pull secrets \(([^)]*)\)", note) for note in notes)
+    return tuple(sorted({name.strip() for match in found if match for name in match[1].split(",")}))
 
 
 def _last_seen(event: Json) -> str:
@@ -196,15 +230,14 @@ def _owner(metadata: Json) -> Owner | None:
     return None
 
 
+def _our_annotations(metadata: Json) -> dict[str, str]:
+    annotations: dict[str, str] = metadata.get("annotations", {})
+    return {key: value for key, value in annotations.items() if key.startswith(f"{names.GROUP}/")}
+
+
 def _owned_fields(metadata: Json) -> str | None:
-    for entry in metadata.get("managedFields", ()):
-        if (entry.get("manager"), entry.get("operation"), entry.get("subresource")) == (
-            names.FIELD_MANAGER,
-            "Apply",
-            None,
-        ):
-            return json.dumps(entry.get("fieldsV1", {}), separators=(",", ":"))
-    return None
+    fields = our_fields(metadata)
+    return None if fields is None else json.dumps(fields, separators=(",", ":"))
 
 
 def _container(status: Json) -> Container:

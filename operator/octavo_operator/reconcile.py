@@ -26,10 +26,11 @@ from octavo_operator.decide import REPLICAS_MANAGER, Plan, decide
 from octavo_operator.desired import children
 from octavo_operator.errors import ApiError, Forbidden, NotFound, OperatorError, Refused, SpecInvalid
 from octavo_operator.kube import Kube
-from octavo_operator.observe import Child, Observed, hindrance
+from octavo_operator.loading import Loads
+from octavo_operator.observe import Child, Observed, hindrance, lost_pull_secrets
 from octavo_operator.queue import WorkQueue
-from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, Json, Key
-from octavo_operator.rollout import choose_order, freeze, keeps_count
+from octavo_operator.resources import CHILDREN, CONTROLLER_REVISION, DEPLOYMENT, INFERENCE_SERVICE, Json, Key
+from octavo_operator.rollout import applied_template, choose_order, freeze, keeps_count, kept_name
 from octavo_operator.settings import Settings
 
 WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server
@@ -47,6 +48,7 @@ class Reconciler:
         self._kube = kube
         self._settings = settings
         self._caches = Caches(kube, settings.namespaces, on_change=self.queue.add, on_kind=self._queue_all, clock=clock)
+        self._loads = Loads(self._caches.pods, on_change=self.queue.add)
         self._running: asyncio.Task[None] | None = None
         metrics.QUEUE_DEPTH.set_function(lambda: len(self.queue))
 
@@ -63,6 +65,7 @@ class Reconciler:
             tasks.create_task(self._caches.run(filled), name="caches")
             await filled.wait()  # before that, what exists already would be taken for missing
             _logger.info("Caches are filled: %d objects. Starting to reconcile.", len(self._caches))
+            tasks.create_task(self._loads.run(), name="ask pods how far they are")
             for number in range(WORKERS):
                 tasks.create_task(self._work(), name=f"reconcile worker {number}")
 
@@ -151,13 +154,14 @@ class Reconciler:
             offered=self._caches.offered,
             ends_first=order.ends_first,
             keep_count=keeps_count(seen, service.name),
+            prometheus_url=self._settings.prometheus_url,
         )
         found = await self._observe(key, desired)
-        frozen = freeze(service, desired, found)
+        frozen = freeze(service, desired, found, await self._lost_template(service, found))
         plan = decide(body["metadata"]["uid"], frozen.manifests, found)
         created, failure = await self._apply(plan)
         previous = body.get("status", {})
-        observed = await self._with_hindrances(self._caches.observed(key))
+        observed = await self._with_events(service, self._loads.added_to(self._caches.observed(key)))
         told = status.build(
             service,
             previous=previous,
@@ -174,14 +178,24 @@ class Reconciler:
         silence = SILENCE_SECONDS if any(pod.is_silent for pod in observed.pods) else None
         return min(filter(None, (plan.requeue_after, order.look_again, silence)), default=None)
 
-    async def _with_hindrances(self, observed: Observed) -> Observed:
+    async def _lost_template(self, service: InferenceService, found: Observed) -> Json | None:
+        """The pod template as we have applied it, where the revision that should keep it has been deleted."""
+        name = kept_name(service, found)
+        if name is None or found.child(CONTROLLER_REVISION.kind, name) is not None:
+            return None
+        namespace = service.metadata.namespace or ""
+        return applied_template(await self._kube.get(DEPLOYMENT, namespace, names.deployment(service.name)))
+
+    async def _with_events(self, service: InferenceService, observed: Observed) -> Observed:
         """Add what only events tell: a volume that cannot be mounted changes nothing in the pod itself."""
-        pods = [
-            replace(pod, hindrance=hindrance(await self._kube.events_of_pod(pod.service.namespace, pod.name)))
-            if pod.is_silent
-            else pod
-            for pod in observed.pods
-        ]
+        has_pull_secrets = bool(service.spec.pod.image_pull_secrets)
+        pods = []
+        for pod in observed.pods:
+            if pod.is_silent or (has_pull_secrets and pod.cannot_pull):
+                told = await self._kube.events_of_pod(pod.service.namespace, pod.name)
+                pods.append(replace(pod, hindrance=hindrance(told), lost_pull_secrets=lost_pull_secrets(told)))
+            else:
+                pods.append(pod)
         return replace(observed, pods=tuple(pods))
 
     async def _observe(self, key: Key, desired: Sequence[Json]) -> Observed:

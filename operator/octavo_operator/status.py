@@ -205,6 +205,9 @@ def _find(
         pods = _updated_pods(observed.pods, deployment)
         findings.update(_deployment_troubles(deployment, service))
         findings.update(diagnose(pod, service) for pod in pods if not pod.ready)
+        if any(each.cause in {Cause.PULLING, Cause.LOADING} for each in findings):
+            # They take as long as they take, and end by themselves where they are stuck.
+            findings = Counter({each: num for each, num in findings.items() if each.cause is not Cause.STALLED})
         if not findings:
             findings[_progress(deployment, wanted, num_ready=len(pods))] = wanted
     order = list(Cause)

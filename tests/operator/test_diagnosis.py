@@ -1,7 +1,7 @@
 """What keeps pods from serving, from the words in which Kubernetes says it: causes, and the field that mends them.
 
-The words follow those of Kubernetes 1.34's scheduler, kubelet and API server; e2e/test_causes.py has real
-ones. test_status.py has what becomes of a finding.
+The words are those of Kubernetes 1.34's scheduler, kubelet and API server, recorded from the pods of
+e2e/test_causes.py where it has the cause. test_status.py has what becomes of a finding.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ import pytest
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.diagnosis import Finding, diagnose, diagnose_creation
-from octavo_operator.observe import Pod, hindrance
+from octavo_operator.observe import Pod, hindrance, lost_pull_secrets
 
 Json = dict[str, Any]
 
@@ -60,7 +60,10 @@ def told(finding: Finding) -> tuple[str, str, str]:
     [
         (
             {"accelerator": {"type": "nvidia", "count": 4}},
-            "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 nodes are available.",
+            (
+                "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: 0/2 "
+                "nodes are available: 2 Preemption is not helpful for scheduling."
+            ),
             "nvidia.com/gpu (4 a pod)",
             "lower spec.accelerator.count",
         ),
@@ -89,7 +92,7 @@ def test_what_no_node_has_enough_of_is_named_with_what_a_pod_wants(
 
 
 def test_a_claim_that_is_missing_is_named_with_the_field_that_names_it() -> None:
-    message = '0/1 nodes are available: persistentvolumeclaim "shared" not found. preemption: 0/1 nodes are available.'
+    message = '0/1 nodes are available: persistentvolumeclaim "shared" not found. not found'
     cached = service(model={**HUB, "cache": {"claimName": "shared"}})
     assert told(diagnose(unscheduled(message), cached))[1:] == (
         "ModelSourceNotFound",
@@ -104,13 +107,14 @@ def test_a_claim_that_is_missing_is_named_with_the_field_that_names_it() -> None
 @pytest.mark.parametrize(
     "message",
     [
-        "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. preemption: 0/1 ...",
+        "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found",
         "0/1 nodes are available: 1 node(s) didn't find available persistent volumes to bind. preemption: 0/1 ...",
     ],
 )
 def test_a_volume_that_is_never_bound_is_told_and_where_to_look(message: str) -> None:
     _, reason, text = told(diagnose(unscheduled(message), service(model={**HUB, "cache": {"size": "1Gi"}})))
     assert reason == "VolumeNotBound"
+    assert "not found" not in text
     assert "kubectl describe pvc --namespace models" in text
     assert "spec.model.cache.storageClassName" in text
 
@@ -172,6 +176,52 @@ def test_a_volume_that_cannot_be_mounted_is_told_by_events_alone(note: str, reas
     assert told(diagnose(stuck, of)) == ("False", reason, f"1 of 2 pods cannot start: {text}")
 
 
+LOGIN: Final = (
+    "its registry wants a login, or does not have it: name a Secret with the login in spec.pod.imagePullSecrets"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (
+            'failed to pull and unpack image "r/o:1": failed to resolve reference "r/o:1": r/o:1: not found',
+            "its registry does not have it: correct spec.engine.image",
+        ),
+        (
+            "failed to authorize: failed to fetch oauth token: unexpected status from GET request: 401 Unauthorized",
+            LOGIN,
+        ),
+        (
+            'failed to do request: Head "http://127.0.0.1:1/v2/o/manifests/1": dial tcp: connect: connection refused',
+            "its registry cannot be reached from the node",
+        ),
+        (
+            'Failed to apply default image tag "r//x": couldn\'t parse image name "r//x": invalid reference format',
+            "that is no image's name: correct spec.engine.image",
+        ),
+        ("something new", "check that it exists, and spec.pod.imagePullSecrets if its registry wants a login"),
+    ],
+)
+@pytest.mark.parametrize("again", ["", 'Back-off pulling image "octavo-engine:1": ErrImagePull: '])
+def test_why_an_image_cannot_be_pulled_is_told_alike_at_each_attempt(said: str, meant: str, again: str) -> None:
+    reason = "ImagePullBackOff" if again else "ErrImagePull"
+    _, told_reason, text = told(diagnose(pod(engine=waiting(reason, again + said)), service()))
+    assert (told_reason, text) == ("ImagePullFailed", f'1 of 2 pods cannot pull the image "octavo-engine:1": {meant}')
+
+
+def test_a_missing_secret_of_a_registry_is_told_from_events_as_long_as_the_spec_names_it() -> None:
+    note = "Unable to retrieve some image pull secrets (regcred, other); attempting to pull the image may not succeed."
+    lost = lost_pull_secrets(events(("FailedToRetrieveImagePullSecret", note), ("BackOff", "x")))
+    assert lost == ("other", "regcred")
+    stuck = replace(pod(engine=waiting("ErrImagePull", "x: not found")), lost_pull_secrets=lost)
+    assert stuck.cannot_pull
+    names_it = service(pod={"imagePullSecrets": [{"name": "regcred"}]})
+    said = '; the kubelet did not find the Secret "regcred" of spec.pod.imagePullSecrets'
+    assert told(diagnose(stuck, names_it))[2].endswith(said)
+    assert "Secret" not in told(diagnose(stuck, service()))[2]
+
+
 def test_a_pod_that_went_on_after_a_failed_mount_is_not_held_against() -> None:
     assert hindrance(events(("FailedMount", "x"), ("Pulling", "the image"))) == ""
     assert hindrance([]) == ""
@@ -221,7 +271,15 @@ def test_an_engine_that_was_ready_and_is_not_any_more_is_told() -> None:
             'violates PodSecurity "restricted:latest": x',
         ),
         (
-            'pods "llama-6d4cf56db6-x7k2p" is forbidden: no PriorityClass with name high was found',
+            (
+                "pods \"llama-6d4cf56db6-x7k2p\" is forbidden: ValidatingAdmissionPolicy 'teams' with binding "
+                "'teams' denied request: every pod names its team"
+            ),
+            "AdmissionDenied",
+            "ValidatingAdmissionPolicy 'teams' with binding 'teams' denied request: every pod names its team",
+        ),
+        (
+            'pods "llama-6d4cf56db6-" is forbidden: no PriorityClass with name high was found',
             "AdmissionDenied",
             "no PriorityClass with name high was found",
         ),

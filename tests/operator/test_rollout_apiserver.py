@@ -45,6 +45,11 @@ def test_another_operator_replaces_no_pod_until_it_is_asked(playground: Playgrou
         operator.rest(reconciles=3)
         assert playground.audit()[written:] == []
         assert [each["metadata"]["name"] for each in revisions(playground)] == [kept["metadata"]["name"]]
+        playground.kubectl("delete", "controllerrevision", kept["metadata"]["name"])
+        eventually(lambda: len(revisions(playground)) == 1, "the revision back")
+        operator.rest(reconciles=4)
+        assert image(playground) == ENGINE_IMAGE
+        assert playground.there("deployment")["metadata"]["generation"] == generation + 1
         playground.kubectl("annotate", "ois", "llama", f"{names.UPDATE_ANNOTATION}=1")
         eventually(lambda: image(playground) == "octavo-engine:newer", "the newer image")
         eventually(lambda: playground.condition("UpdateAvailable")["status"] == "False", "nothing newer")
