@@ -1,12 +1,10 @@
 """`kubectl octavo`: what a person asks about InferenceServices without the operator's help.
 
 The script `kubectl-octavo`, which kubectl finds on PATH. Knows the types and the builders; imports no client and no
-kopf, so that it answers at once.
+kopf, so that it answers at once, and asks a cluster by kubectl itself.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,8 +18,11 @@ from octavo_operator.api.base import explain
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired import children
 from octavo_operator.errors import SpecInvalid
+from octavo_operator.kubectl import Kubectl, KubectlFailed
+from octavo_operator.preview import Operator, preview
 from octavo_operator.report import report
 from octavo_operator.resources import OPTIONAL
+from octavo_operator.settings import http_url
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kubectl-octavo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_render(commands)
+    _add_plan(commands)
     _add_status(commands)
     return parser
 
@@ -69,8 +71,16 @@ def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         choices=list(OPTIONAL),
         help="suppose that the cluster has this kind; may be given several times",
     )
+    command.add_argument(
+        "--prometheus-url", type=http_url, metavar="URL", help="suppose that the operator was told of this Prometheus"
+    )
     command.set_defaults(
-        answer=lambda options: render(options.filename, engine_image=options.engine_image, offered=options.offered)
+        answer=lambda options: render(
+            options.filename,
+            engine_image=options.engine_image,
+            offered=options.offered,
+            prometheus_url=options.prometheus_url,
+        )
     )
 
 
@@ -82,13 +92,41 @@ def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         allow_abbrev=False,
     )
     command.add_argument("name", metavar="NAME", help="the InferenceService")
-    command.add_argument("-n", "--namespace", metavar="NAMESPACE", help="default: that of the current context")
-    command.add_argument("--context", metavar="CONTEXT", help="of the kubeconfig; default: the current one")
+    _add_cluster(command)
     command.set_defaults(answer=lambda options: describe(options.name, options.namespace, options.context))
 
 
-class KubectlFailed(Exception):
-    """What kubectl said instead of an answer."""
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "plan",
+        help="print what would change on the cluster if a file were applied",
+        description="Prints what would change on the cluster if the InferenceServices in a file were applied: each "
+        "child, by its fields, and whether pods are replaced. The API server judges it by dry runs; nothing is stored.",
+        allow_abbrev=False,
+    )
+    command.add_argument("-f", "--filename", required=True, metavar="FILE", help="a YAML file; - is standard input")
+    _add_cluster(command)
+    command.add_argument(
+        "--engine-image",
+        metavar="IMAGE",
+        help="the operator's default image; default: what the operator's Deployment says, or else the running one",
+    )
+    command.add_argument(
+        "--prometheus-url", type=http_url, metavar="URL", help="beside --engine-image: what the operator was told"
+    )
+    command.set_defaults(
+        answer=lambda options: plan(
+            options.filename,
+            options.namespace,
+            options.context,
+            Operator(options.engine_image, options.prometheus_url) if options.engine_image is not None else None,
+        )
+    )
+
+
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-n", "--namespace", metavar="NAMESPACE", help="default: that of the current context")
+    command.add_argument("--context", metavar="CONTEXT", help="of the kubeconfig; default: the current one")
 
 
 def describe(name: str, namespace: str | None, context: str | None) -> str:
@@ -98,42 +136,44 @@ def describe(name: str, namespace: str | None, context: str | None) -> str:
         KubectlFailed: there is no such service, or kubectl could not ask.
         OSError: there is no kubectl.
     """
-    where = [f"--context={context}"] if context is not None else []
-    service = _kubectl(
-        "get", names.PLURAL + "." + names.GROUP, name, *where, *([f"--namespace={namespace}"] if namespace else [])
-    )
+    kubectl = Kubectl(context, namespace)
+    service = kubectl.get(f"{names.PLURAL}.{names.GROUP}", name)
     metadata = service["metadata"]
-    where.append(f"--namespace={metadata['namespace']}")
-    pods = _kubectl("get", "pods", f"--selector={names.selector_text(name)}", *where)["items"]
+    kubectl = kubectl.within(metadata["namespace"])
+    pods = kubectl.get("pods", f"--selector={names.selector_text(name)}")["items"]
     about = f"--field-selector=involvedObject.uid={metadata['uid']}"
-    events = _kubectl("get", "events", about, "--sort-by=.metadata.creationTimestamp", *where)["items"]
+    events = kubectl.get("events", about, "--sort-by=.metadata.creationTimestamp")["items"]
     return report(service, pods, events)
 
 
-def _kubectl(*arguments: str) -> dict[str, Any]:
-    """Ask kubectl, which knows clusters and credentials, and has called us."""
-    run = subprocess.run(["kubectl", *arguments, "--output=json"], capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise KubectlFailed(run.stderr.strip())
-    answer: dict[str, Any] = json.loads(run.stdout)
-    return answer
+def plan(filename: str, namespace: str | None, context: str | None, operator: Operator | None) -> str:
+    """What would change on a cluster if the InferenceServices in a file were applied.
+
+    Raises:
+        SpecInvalid: the file is not YAML or holds no InferenceService.
+        KubectlFailed: the API server refuses one, or does not let the user ask.
+        OSError: the file cannot be read, or there is no kubectl.
+    """
+    kubectl = Kubectl(context, namespace)
+    return "\n".join(preview(kubectl, document, operator) for document in _services(filename))
 
 
-def render(filename: str, *, engine_image: str, offered: Collection[str] = ()) -> str:
+def render(
+    filename: str, *, engine_image: str, offered: Collection[str] = (), prometheus_url: str | None = None
+) -> str:
     """The children of every InferenceService in a file, as YAML. Other objects are named on standard error.
 
     Raises:
         SpecInvalid: the file is not YAML, holds no InferenceService, or holds one that the API server would refuse.
         OSError: the file cannot be read.
     """
-    text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
     manifests = [
         manifest
-        for document in _documents(text, filename)
-        for manifest in children(read(document), engine_image=engine_image, offered=offered)
+        for document in _services(filename)
+        for manifest in children(
+            read(document), engine_image=engine_image, offered=offered, prometheus_url=prometheus_url
+        )
     ]
-    if not manifests:
-        raise SpecInvalid(f"{filename} holds no {names.KIND} of {names.API_VERSION}")
     return yaml_text.dump(manifests)
 
 
@@ -151,6 +191,15 @@ def read(document: dict[str, Any]) -> InferenceService:
         name = metadata.get("name", "") if isinstance(metadata, dict) else ""
         lines = "".join(f"\n  {line}" for line in explain(error))
         raise SpecInvalid(f'the InferenceService "{name}" is invalid:{lines}') from error
+
+
+def _services(filename: str) -> list[dict[str, Any]]:
+    """The InferenceServices in a file, at least one."""
+    text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
+    found = list(_documents(text, filename))
+    if not found:
+        raise SpecInvalid(f"{filename} holds no {names.KIND} of {names.API_VERSION}")
+    return found
 
 
 def _documents(text: str, filename: str) -> Iterator[dict[str, Any]]:
