@@ -1,84 +1,397 @@
-"""What keeps a service from serving: the status names it and the way out, and it clears when it is mended."""
+"""What keeps a service from serving: the status names it and the way out, and it clears when it is mended.
+
+All of them at once, so that they share their waits: one fixture makes every service of `CASES` and looks until each
+tells its reason, another one cures them all and looks until each has gone on. To go on is to serve, or, where serving
+would take another start of the engine and show no more, to be stopped by the next thing that is wrong.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
 
-from octavo_cluster import storage
+from octavo_cluster import model, product, storage
+from octavo_cluster.shell import wait_until
+from octavo_cluster.workspace import Workspace
 
 if TYPE_CHECKING:
-    from octavo_cluster.workspace import Workspace
+    from collections.abc import Callable, Iterator
+
+    from octavo_cluster.backend import Cluster
+    from octavo_cluster.recipe import Image
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
+Json = dict[str, Any]
+Act: TypeAlias = "Callable[[Workspace, str], object]"  # given the case's namespace and the service's name
 
-def has_reason(reason: str) -> Any:
-    return lambda condition: condition["status"] == "False" and condition["reason"] == reason
-
-
-def test_a_claim_that_is_not_there_is_named_and_its_arrival_is_enough(namespace: Workspace) -> None:
-    namespace.apply("late")
-
-    condition = namespace.await_condition("late", has_reason("ModelSourceNotFound"), "ModelSourceNotFound")
-    assert 'PersistentVolumeClaim "models" does not exist' in condition["message"]
-    assert "create it, or correct spec.model.source" in condition["message"]
-
-    namespace.put_model("models")
-    namespace.await_ready("late")
+PATIENCE_SECONDS: Final = 240.0  # for all of them together, on two busy cores
+PRODUCT: Final = "NVIDIA-H100-80GB-HBM3"
+NO_FILE: Final = {"source": "pvc://models/nothing.gguf"}  # the engine refuses it at once: cheaper than to serve
+NO_CLAIM: Final = {"source": f"pvc://nowhere/{model.FILE_NAME}"}
+HUB: Final = {"source": f"hf://org/repo:{model.FILE_NAME}"}
+HUB_ENV: Final = {"env": [{"name": "HF_ENDPOINT", "value": "http://hub:8080"}]}
+SMALL: Final = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}}
 
 
-def test_a_file_that_is_not_in_the_claim_is_told_by_the_engine_and_its_arrival_is_enough(namespace: Workspace) -> None:
-    namespace.kubectl("apply", "--filename=-", document=storage.claim("models", namespace.cluster.storage_class))
-    namespace.apply("empty")
+@dataclass(frozen=True)
+class Case:
+    """A service that something keeps from serving."""
 
-    condition = namespace.await_condition("empty", has_reason("ModelNotFound"), "ModelNotFound")
-    assert "SmolLM2-135M-Instruct.Q4_1.gguf" in condition["message"]
+    name: str
+    spec: Json
+    reason: str  # of Ready, until it is cured
+    says: tuple[str, ...]  # parts of its message
+    cure: Act
+    then: str = "Ready"  # the reason once it is cured
+    once_ready: Act | None = None  # what breaks it, where it serves at first
+    in_quota: bool = False  # whether it is in the namespace without room for pods
 
-    namespace.put_model("models")
-    namespace.await_ready("empty")
+
+def secret(name: str, key: str) -> Act:
+    document = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {key: "s3cret"}}
+    return lambda where, _: where.cluster.kubectl.apply(document, namespace=where.name)
 
 
-def test_gpus_decide_limits_and_tensor_parallel_size_and_the_engine_says_what_it_cannot_do(
-    namespace: Workspace,
-) -> None:
-    storage.pretend_gpus(namespace.cluster, 8)
-    namespace.put_model("models")
-    product = "NVIDIA-H100-80GB-HBM3"
-    namespace.apply("one", accelerator={"type": "nvidia", "count": 1, "product": product})
-    namespace.apply("two", accelerator={"type": "nvidia", "count": 2, "product": product})
+def change(**spec: Any) -> Act:
+    return lambda where, name: where.patch(name, spec)
 
-    # The pods are scheduled, but the GPUs are only claimed to be there.
-    condition = namespace.await_condition("one", has_reason("DeviceMissing"), "DeviceMissing")
-    assert "--device cuda" in condition["message"]
-    condition = namespace.await_condition("two", has_reason("TensorParallelInvalid"), "TensorParallelInvalid")
-    assert "use --tensor-parallel-size 1 or 3" in condition["message"]
 
-    (pod,) = namespace.pods("two")
-    (container,) = pod["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    assert "--tensor-parallel-size=2" in container["args"]
-    service = namespace.get("inferenceservice", "two")
+def signal_engine(signal: str) -> Act:
+    """Stop the engine process, or let it go on: the API process beside it answers all the while."""
+    script = f'for p in /proc/[0-9]*; do grep -q octavo-engine $p/comm && kill -{signal} "${{p#/proc/}}"; done'
+
+    def act(where: Workspace, name: str) -> None:
+        where.kubectl("exec", f"deployment/{name}", "--container=engine", "--", "sh", "-c", script, check=False)
+
+    return act
+
+
+def gpus(count: int, **engine: str) -> Json:
+    return {"accelerator": {"type": "nvidia", "count": count, "product": PRODUCT}, "engine": engine}
+
+
+CASES: Final = (
+    Case(
+        "no-claim",
+        {"model": {"source": f"pvc://late/{model.FILE_NAME}"}},
+        "ModelSourceNotFound",
+        ('PersistentVolumeClaim "late" does not exist', "create it, or correct spec.model.source"),
+        lambda where, _: where.cluster.kubectl.apply(
+            storage.claim("late", where.cluster.storage_class), namespace=where.name
+        ),
+        then="ModelNotFound",
+    ),
+    Case(
+        "no-volume",
+        {"model": {**HUB, "cache": {"size": "1Gi", "storageClassName": "late"}}, "pod": HUB_ENV},
+        "VolumeNotBound",
+        ("unbound immediate PersistentVolumeClaims", "spec.model.cache.storageClassName"),
+        lambda where, _: storage.offer_volume(where.cluster, "late"),
+    ),
+    Case(
+        "no-token",
+        {"model": {**HUB, "tokenSecret": {"name": "hub-token"}}, "pod": HUB_ENV},
+        "SecretNotFound",
+        ('Secret "hub-token" does not exist: create it, or correct spec.model.tokenSecret',),
+        secret("hub-token", "token"),
+    ),
+    Case(
+        "no-key-in-secret",
+        {
+            "model": NO_FILE,
+            "pod": {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "half", "key": "b"}}}]},
+        },
+        "SecretNotFound",
+        ('Secret "half" has no key "b": create it, or correct spec.pod.env',),
+        secret("half", "b"),
+        then="ModelNotFound",
+    ),
+    Case(
+        "no-api-keys",
+        {"model": NO_FILE, "endpoint": {"apiKeySecret": {"name": "keys"}}},
+        "SecretNotFound",
+        ('Secret "keys" does not exist: create it, or correct spec.endpoint.apiKeySecret',),
+        secret("keys", "key"),
+        then="ModelNotFound",
+    ),
+    Case(
+        "no-account",
+        {"model": NO_FILE},
+        "ChildConflict",
+        ('ServiceAccount "no-account-engine" exists already and does not belong to this InferenceService',),
+        lambda where, name: where.kubectl("delete", "serviceaccount", f"{name}-engine"),
+        then="ModelNotFound",
+    ),
+    Case(
+        "no-image",
+        {
+            "model": NO_FILE,
+            "engine": {"image": "127.0.0.1:1/octavo-engine:none"},
+            "pod": {"imagePullSecrets": [{"name": "registry"}]},
+        },
+        "ImagePullFailed",
+        (
+            'the image "127.0.0.1:1/octavo-engine:none": its registry cannot be reached from the node',
+            'the kubelet did not find the Secret "registry" of spec.pod.imagePullSecrets',
+        ),
+        change(engine={"image": None}),
+        then="ModelNotFound",
+    ),
+    Case(
+        "crashing",
+        {"model": NO_FILE, "engine": {"extraArgs": ["--no-such-flag"]}},
+        "ContainerCrashed",
+        ('the container "engine"', "exit code 2", "unrecognized arguments: --no-such-flag"),
+        change(engine={"extraArgs": []}),
+        then="ModelNotFound",
+    ),
+    Case(
+        "killed",
+        {"resources": {"requests": {"cpu": "100m"}, "limits": {"memory": "40Mi"}}},
+        "OutOfMemory",
+        ('ran out of memory in the container "engine": raise spec.resources.limits.memory',),
+        change(resources={"limits": {"memory": "1Gi"}}),
+    ),
+    Case(
+        "too-small",
+        {"resources": {"requests": {"cpu": "100m"}, "limits": {"memory": "256Mi"}}},
+        "ModelDoesNotFit",
+        ("MiB",),
+        change(resources={"limits": {"memory": "1Gi"}}),
+    ),
+    Case(
+        "stuck",
+        {},
+        "ReadinessFailing",
+        ("have served the model and do not any more",),
+        signal_engine("CONT"),
+        once_ready=signal_engine("STOP"),
+    ),
+    Case(
+        "no-quota",
+        {"model": NO_CLAIM},
+        "QuotaExceeded",
+        ("exceeded quota: no-pods", "raise the ResourceQuota of namespace e2e-causes-quota"),
+        lambda where, _: where.cluster.kubectl.apply(quota(pods=4), namespace=where.name),
+        then="ModelSourceNotFound",
+        in_quota=True,
+    ),
+    Case(
+        "no-priority",
+        {"model": NO_CLAIM, "pod": {"priorityClassName": "e2e-late"}},
+        "AdmissionDenied",
+        ("no PriorityClass with name e2e-late was found",),
+        lambda where, _: where.cluster.kubectl.apply(
+            {
+                "apiVersion": "scheduling.k8s.io/v1",
+                "kind": "PriorityClass",
+                "metadata": {"name": "e2e-late"},
+                "value": 1,
+            }
+        ),
+        then="ModelSourceNotFound",
+    ),
+    Case(
+        "denied",
+        {"model": NO_CLAIM},
+        "AdmissionDenied",
+        ("e2e-teams", "every pod names its team"),
+        change(pod={"labels": {"team": "search"}}),
+        then="ModelSourceNotFound",
+    ),
+    Case(
+        "no-device",
+        gpus(1),
+        "DeviceMissing",  # the pod is scheduled, but the GPU is only claimed to be there
+        ("--device cuda",),
+        change(engine={"device": "cpu"}),
+    ),
+    Case(
+        "no-split",
+        gpus(2, device="cpu"),
+        "TensorParallelInvalid",
+        ("use --tensor-parallel-size 1 or 3",),
+        change(accelerator={"count": 1}),
+    ),
+    Case(
+        "no-gpus",
+        {"model": NO_FILE, **gpus(16, device="cpu")},
+        "Unschedulable",
+        ("nvidia.com/gpu (16 a pod)", "Insufficient nvidia.com/gpu", "lower spec.accelerator.count"),
+        lambda where, _: storage.pretend_gpus(where.cluster, 64, PRODUCT),
+        then="ModelNotFound",
+    ),
+)
+EACH_CASE: Final = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def quota(pods: int) -> Json:
+    return {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "no-pods"},
+        "spec": {"hard": {"pods": str(pods)}},
+    }
+
+
+def policy() -> list[Json]:
+    """Pods of the service `denied` need a label, says the cluster."""
+    name = "e2e-teams"
+    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
+    matches = {"objectSelector": {"matchLabels": {"serving.octavo.dev/service": "denied"}}, "resourceRules": [rule]}
+    validation = {"expression": "'team' in object.metadata.labels", "message": "every pod names its team"}
+    api = {"apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": name}}
+    return [
+        {
+            **api,
+            "kind": "ValidatingAdmissionPolicy",
+            "spec": {"matchConstraints": matches, "validations": [validation]},
+        },
+        {
+            **api,
+            "kind": "ValidatingAdmissionPolicyBinding",
+            "spec": {"policyName": name, "validationActions": ["Deny"]},
+        },
+    ]
+
+
+@dataclass(frozen=True)
+class Ward:
+    """The two namespaces of the cases."""
+
+    free: Workspace
+    full: Workspace  # without room for pods
+
+    def of(self, case: Case) -> Workspace:
+        """Where the case is."""
+        return self.full if case.in_quota else self.free
+
+    def watch(self, wanted: dict[str, str], on_ready: Callable[[Case], None]) -> dict[str, Json]:
+        """Look until every case has had its reason; what each told then, or at the end.
+
+        Args:
+            wanted: the reason of Ready by the case's name.
+            on_ready: called for each case that has not had its reason and serves.
+        """
+        told: dict[str, Json] = {}
+        seen: dict[str, Json] = {}
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(told) < len(wanted) and time.monotonic() < deadline:
+            seen = {**self.free.ready_conditions(), **self.full.ready_conditions()}
+            for case in CASES:
+                condition = seen.get(case.name, {})
+                if case.name in told:
+                    continue
+                if condition.get("reason") == wanted[case.name]:
+                    told[case.name] = condition
+                if condition.get("status") == "True":
+                    on_ready(case)
+            time.sleep(0.5)  # between two looks
+        return {**seen, **told}
+
+
+@pytest.fixture(scope="module")
+def ward(operator_installed: Cluster, product_images: tuple[Image, Image]) -> Iterator[Ward]:
+    """Every case, applied at once."""
+    cluster, engine = operator_installed, product_images[1]
+    free = Workspace(cluster, "e2e-causes", engine)
+    full = replace(free, name="e2e-causes-quota")
+    for where in (free, full):
+        product.make_namespace(cluster, where.name)
+    storage.pretend_gpus(cluster, 8, PRODUCT)
+    cluster.kubectl.apply(*policy())
+    cluster.kubectl.apply(quota(pods=0), namespace=full.name)
+    free.kubectl("create", "secret", "generic", "half", "--from-literal=a=1")
+    free.kubectl("create", "serviceaccount", "no-account-engine")
+    free.put_model("models")
+    cluster.kubectl.apply(*storage.file_server("hub", "models", engine.reference), namespace=free.name)
+    for where in (free, full):
+        mine = [case for case in CASES if case.in_quota == (where is full)]
+        where.apply_all({case.name: {"resources": SMALL, **case.spec} for case in mine})
+    yield Ward(free, full)
+    for kind in ("validatingadmissionpolicy", "validatingadmissionpolicybinding"):
+        cluster.kubectl("delete", kind, "e2e-teams", "--ignore-not-found")
+    cluster.kubectl("delete", "priorityclass", "e2e-late", "--ignore-not-found")
+    for where in (free, full):
+        cluster.kubectl("delete", "namespace", where.name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def told(ward: Ward) -> dict[str, Json]:
+    """What each case told of its cause."""
+    broken: set[str] = set()
+
+    def on_ready(case: Case) -> None:
+        if case.once_ready is not None and case.name not in broken:
+            broken.add(case.name)
+            case.once_ready(ward.of(case), case.name)
+
+    return ward.watch({case.name: case.reason for case in CASES}, on_ready)
+
+
+@pytest.fixture(scope="module")
+def cured(ward: Ward, told: dict[str, Json]) -> dict[str, Json]:
+    """What each case told once it was cured, after its cause was seen."""
+    assert told.keys() == {case.name for case in CASES}
+    for case in CASES:
+        case.cure(ward.of(case), case.name)
+
+    def on_ready(case: Case) -> None:  # what serves makes room for those that still load
+        ward.of(case).kubectl("delete", "inferenceservice", case.name, "--wait=false")
+
+    return ward.watch({case.name: case.then for case in CASES}, on_ready)
+
+
+@EACH_CASE
+def test_what_keeps_a_service_from_serving_is_told(told: dict[str, Json], case: Case) -> None:
+    condition = told[case.name]
+    assert (condition["status"], condition["reason"]) == ("False", case.reason), json.dumps(condition)
+    for part in case.says:
+        assert part in condition["message"]
+
+
+@EACH_CASE
+def test_its_cure_is_enough(cured: dict[str, Json], case: Case) -> None:
+    condition = cured[case.name]
+    assert condition["reason"] == case.then, json.dumps(condition)
+
+
+def test_a_file_that_arrives_is_enough(ward: Ward, cured: dict[str, Json]) -> None:
+    assert model.FILE_NAME in cured["no-claim"]["message"]
+    ward.free.put_model("late")
+    ward.free.await_ready("no-claim")
+
+
+def test_gpus_decide_limits_and_tensor_parallel_size(ward: Ward, told: dict[str, Json]) -> None:
+    assert told["no-split"]["reason"] == "TensorParallelInvalid"
+    service = ward.free.get("inferenceservice", "no-gpus")
     assert service is not None
-    assert service["status"]["tensorParallelSize"] == 2
+    assert service["status"]["tensorParallelSize"] == 16
+    deployment = ward.free.get("deployment", "no-gpus")
+    assert deployment is not None
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "16"
+    assert "--tensor-parallel-size=16" in container["args"]
 
 
-def test_more_gpus_than_there_are_is_unschedulable_with_the_count(namespace: Workspace) -> None:
-    storage.pretend_gpus(namespace.cluster, 8)
-    namespace.put_model("models")
-    namespace.apply("greedy", accelerator={"type": "nvidia", "count": 16})
+def test_an_autoscaler_without_its_metrics_says_what_the_cluster_lacks(ward: Ward) -> None:
+    lacks = {"cpu": "install metrics-server", "queue": "prometheus-adapter with the rules"}
+    for metric in lacks:
+        ward.free.apply(f"by-{metric}", model=NO_CLAIM, autoscaling={"maxReplicas": 3, "metric": metric})
 
-    condition = namespace.await_condition("greedy", has_reason("Unschedulable"), "Unschedulable")
+    for metric, way_out in lacks.items():
 
-    assert "nvidia.com/gpu" in condition["message"]
+        def missing(name: str = f"by-{metric}") -> str | None:
+            condition = ward.free.condition(name, "Autoscaling")
+            return None if condition.get("reason") == "NoMetricsAPI" else json.dumps(condition)
 
-
-def test_autoscaling_makes_an_autoscaler_that_owns_the_replicas(namespace: Workspace) -> None:
-    namespace.put_model("models")
-    namespace.apply("elastic", autoscaling={"minReplicas": 1, "maxReplicas": 3})
-    namespace.await_ready("elastic")
-
-    autoscaler = namespace.get("horizontalpodautoscaler", "elastic")
-    assert autoscaler is not None
-    assert autoscaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "elastic"}
-    assert (autoscaler["spec"]["minReplicas"], autoscaler["spec"]["maxReplicas"]) == (1, 3)
+        wait_until(missing, what=f"by-{metric}: NoMetricsAPI", seconds=60, poll=0.5)
+        assert way_out in ward.free.condition(f"by-{metric}", "Autoscaling")["message"]
+        autoscaler = ward.free.get("horizontalpodautoscaler", f"by-{metric}")
+        assert autoscaler is not None
+        assert autoscaler["spec"]["scaleTargetRef"]["kind"] == "Deployment"

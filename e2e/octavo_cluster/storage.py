@@ -13,6 +13,7 @@ from octavo_cluster.errors import CommandFailed, HarnessError
 from octavo_cluster.progress import step
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from octavo_cluster.backend import Cluster
@@ -77,6 +78,22 @@ def claim(name: str, storage_class: str, size: str = "1Gi") -> dict[str, Any]:
     }
 
 
+def offer_volume(cluster: Cluster, storage_class: str) -> None:
+    """Make a volume of a storage class for a claim that waits for one: a class that makes volumes, or a free volume."""
+    volumes = cluster.kubectl.get("persistentvolumes")["items"]
+    free = [
+        each["metadata"]["name"]
+        for each in volumes
+        if each["status"]["phase"] == "Available" and each["spec"]["storageClassName"] == cluster.storage_class
+    ]
+    if free:
+        patch = json.dumps({"spec": {"storageClassName": storage_class}})
+        cluster.kubectl("patch", "persistentvolume", free[-1], f"--patch={patch}")
+        return
+    usual = cluster.kubectl.get("storageclass", cluster.storage_class)
+    cluster.kubectl.apply({**usual, "metadata": {"name": storage_class}})
+
+
 def put_file(cluster: Cluster, *, namespace: str, claim_name: str, source: Path, remote_name: str, image: str) -> None:
     """Copy a file into a claim, by a short-lived pod that mounts it; makes the claim when it is not there.
 
@@ -127,7 +144,25 @@ def _stream(cluster: Cluster, pod: str, namespace: str, source: Path, remote_nam
         raise HarnessError(f"{remote_name}: {arrived} bytes arrived of {size}")
 
 
-def _copier(name: str, claim_name: str, image: str) -> dict[str, Any]:
+def file_server(name: str, claim_name: str, image: str) -> list[dict[str, Any]]:
+    """A pod and its Service, which serve a claim's files on port 8080 as Hugging Face serves those of org/repo."""
+    served = "/tmp/org/repo/resolve"  # noqa: S108 - in the pod
+    script = f"mkdir -p {served} && ln -s /volume {served}/main && exec python3 -m http.server 8080 --directory /tmp"
+    pod = _copier(name, claim_name, image, command=["sh", "-c", script])
+    pod["metadata"]["labels"] = {"serves": name}
+    pod["spec"]["volumes"].append({"name": "tmp", "emptyDir": {}})
+    (container,) = pod["spec"]["containers"]
+    container["volumeMounts"].append({"name": "tmp", "mountPath": "/tmp"})  # noqa: S108 - the same
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name},
+        "spec": {"selector": {"serves": name}, "ports": [{"port": 8080}]},
+    }
+    return [pod, service]
+
+
+def _copier(name: str, claim_name: str, image: str, command: Sequence[str] = ("sleep", "infinity")) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -148,7 +183,7 @@ def _copier(name: str, claim_name: str, image: str) -> dict[str, Any]:
                     "name": "copy",
                     "image": image,
                     "imagePullPolicy": "IfNotPresent",
-                    "command": ["sleep", "infinity"],
+                    "command": list(command),
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
                         "readOnlyRootFilesystem": True,

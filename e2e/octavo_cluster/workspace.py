@@ -36,19 +36,30 @@ class Workspace:
 
     def apply(self, name: str, **spec: Any) -> None:
         """Apply an InferenceService as its user would."""
-        spec = {
-            "model": {"source": f"pvc://models/{model.FILE_NAME}"},
-            "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}},
-            "rollout": {"drainSeconds": 1},
-            **spec,
-        }
-        document = {
-            "apiVersion": "serving.octavo.dev/v1alpha1",
-            "kind": "InferenceService",
-            "metadata": {"name": name},
-            "spec": spec,
-        }
-        self.kubectl("apply", "--filename=-", document=document)
+        self.apply_all({name: spec})
+
+    def apply_all(self, specs: dict[str, Json]) -> None:
+        """Apply several InferenceServices at once, by their names."""
+        items = [
+            {
+                "apiVersion": "serving.octavo.dev/v1alpha1",
+                "kind": "InferenceService",
+                "metadata": {"name": name},
+                "spec": {
+                    "model": {"source": f"pvc://models/{model.FILE_NAME}"},
+                    "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}},
+                    "rollout": {"drainSeconds": 1},
+                    **spec,
+                },
+            }
+            for name, spec in specs.items()
+        ]
+        self.kubectl("apply", "--filename=-", document={"apiVersion": "v1", "kind": "List", "items": items})
+
+    def patch(self, name: str, spec: Json) -> None:
+        """Merge a change into the spec of an InferenceService."""
+        change = json.dumps({"spec": spec})
+        self.kubectl("patch", "inferenceservice", name, "--type=merge", f"--patch={change}")
 
     def put_model(self, claim: str) -> None:
         """Put the demo model into a claim, which is made if it is not there."""
@@ -76,6 +87,16 @@ class Workspace:
         """A condition of an InferenceService, or nothing."""
         status = (self.get("inferenceservice", name) or {}).get("status", {})
         return next((each for each in status.get("conditions", ()) if each["type"] == type_), {})
+
+    def ready_conditions(self) -> dict[str, Json]:
+        """The condition Ready of every InferenceService that has one, by its name."""
+        services: list[Json] = json.loads(self.kubectl("get", "inferenceservice", "--output=json").stdout)["items"]
+        return {
+            service["metadata"]["name"]: each
+            for service in services
+            for each in service.get("status", {}).get("conditions", ())
+            if each["type"] == "Ready"
+        }
 
     def await_condition(self, name: str, holds: Callable[[Json], bool], what: str) -> Json:
         """Wait until the Ready condition is such, and return it."""

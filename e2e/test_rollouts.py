@@ -1,0 +1,263 @@
+"""Pods that end while they answer: a stream in flight survives a rollout, a `kubectl delete pod` and a node's drain.
+
+All at once, so that they share their waits. What a pod's end is, is the same in the three (preStop, SIGTERM, drain);
+how it comes about is not: a rollout whose new pod waits for the GPU of the old one, a deletion, and evictions that the
+PodDisruptionBudget lets through one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+from typing import TYPE_CHECKING, Any, Final
+
+import openai
+import pytest
+
+from octavo_cluster import product, storage
+from octavo_cluster.shell import wait_until
+from octavo_cluster.workspace import Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from subprocess import CompletedProcess
+
+    from octavo_cluster.backend import Cluster
+    from octavo_cluster.recipe import Image
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+Json = dict[str, Any]
+
+PRE_STOP_SECONDS: Final = 5.0  # a pod that is to end serves on for so long before it is told
+SURE_SECONDS: Final = 12.0  # a stream of so long is still running when the pod is told
+PATIENCE_SECONDS: Final = 240.0  # on two busy cores
+STARVED_SECONDS: Final = 34.0  # and one of so long when a rollout has given up waiting for a free GPU
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a client got of a stream."""
+
+    num_tokens: int
+    finish_reason: str | None
+    ended: float  # time.time()
+
+
+class Client:
+    """A client that streams so many tokens from a service, beside the test."""
+
+    def __init__(self, where: Workspace, service: str) -> None:
+        self._where = where
+        self._service = service
+        self._rate = 0.0  # tokens a second
+        self.begun = Event()  # the first token is there
+        self.asked = 0
+
+    def measure(self) -> None:
+        """See how fast the tokens come."""
+        self._listen(16)
+        began = time.monotonic()
+        self._listen(64)
+        self._rate = 64 / (time.monotonic() - began)
+        self.begun.clear()
+
+    def stream(self, seconds: float) -> Heard:
+        """Ask for as many tokens as take about so long, and listen to the end."""
+        self.asked = int(self._rate * seconds)
+        return self._listen(self.asked)
+
+    def _listen(self, num_tokens: int) -> Heard:
+        with (
+            self._where.cluster.reach(self._where.name, self._service) as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client,
+        ):
+            usage, reason = None, None
+            stream = client.completions.create(
+                model=self._service,
+                prompt="The octopus is",
+                max_tokens=num_tokens,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"ignore_eos": True},
+            )
+            for chunk in stream:
+                self.begun.set()
+                usage = chunk.usage or usage
+                reason = next((each.finish_reason for each in chunk.choices if each.finish_reason), reason)
+        assert usage is not None
+        return Heard(usage.completion_tokens, reason, time.time())
+
+
+@dataclass(frozen=True)
+class Story:
+    """What became of the three services."""
+
+    where: Workspace
+    heard: dict[str, Heard]  # by service
+    asked: dict[str, int]  # tokens
+    told: dict[str, float]  # when the pod that was answering was told to end
+    rollout: Json  # status.rollout of the service whose GPU was taken, while it rolled out
+    drain: CompletedProcess[str]
+    fewest_ready: int  # pods of the drained service
+
+
+def names_of(where: Workspace, service: str) -> set[str]:
+    return {pod["metadata"]["name"] for pod in where.pods(service)}
+
+
+def ready_pods(where: Workspace, service: str) -> int:
+    deployment = where.get("deployment", service)
+    return 0 if deployment is None else int(deployment["status"].get("readyReplicas", 0))
+
+
+def going(where: Workspace, service: str) -> bool:
+    return any("deletionTimestamp" in pod["metadata"] for pod in where.pods(service))
+
+
+LASTING: Final = {  # and for how long they answer when their pods are told to end
+    "rolled": STARVED_SECONDS,
+    "deleted": SURE_SECONDS,
+    "drained": SURE_SECONDS,
+}
+
+
+class Watch:
+    """What is seen from outside while the pods end."""
+
+    def __init__(self, where: Workspace) -> None:
+        self._where = where
+        self._cordoned = True  # the drain does that first
+        self.told: dict[str, float] = {}
+        self.rollout: Json = {}
+        self.fewest_ready = 2
+
+    def until(self, drain: Future[CompletedProcess[str]]) -> None:
+        """Look until the drain is over and a pod of each service has been told to end."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (drain.done() and len(self.told) == len(LASTING)) and time.monotonic() < deadline:
+            self._look()
+            time.sleep(0.3)  # between two looks
+
+    def _look(self) -> None:
+        for service in LASTING:
+            if service not in self.told and going(self._where, service):
+                self.told[service] = time.time()
+        if self._cordoned and "drained" in self.told:  # from here on there is a node for the successors
+            self._where.cluster.kubectl("uncordon", self._where.cluster.node)
+            self._cordoned = False
+        if "drained" in self.told:
+            self.fewest_ready = min(self.fewest_ready, ready_pods(self._where, "drained"))
+        status = (self._where.get("inferenceservice", "rolled") or {}).get("status", {})
+        if status.get("rollout", {}).get("strategy") == "replace":
+            self.rollout = status["rollout"]
+
+
+def end_pods(where: Workspace, pool: ThreadPoolExecutor) -> Future[CompletedProcess[str]]:
+    """Let a pod of each service end, each in its own way; returns the drain."""
+    where.patch("rolled", {"engine": {"maxNumSeqs": 8}})
+    where.kubectl("delete", "pod", *names_of(where, "deleted"), "--wait=false")
+    return pool.submit(
+        where.cluster.kubectl,
+        "drain",
+        where.cluster.node,
+        "--pod-selector=serving.octavo.dev/service=drained",
+        "--ignore-daemonsets",
+        "--delete-emptydir-data",
+        "--timeout=180s",
+    )
+
+
+@contextmanager
+def unfolding(cluster: Cluster, engine: Image, name: str, lasting: dict[str, float]) -> Iterator[Story]:
+    """In a namespace of its own, three services that answer for about so long while their pods end."""
+    where = Workspace(cluster, name, engine)
+    product.make_namespace(cluster, name)
+    storage.pretend_gpus(cluster, 1)
+    where.put_model("models")
+    drains = {"rollout": {"drainSeconds": 240}}
+    on_gpu = {"accelerator": {"type": "nvidia", "count": 1}, "engine": {"device": "cpu"}}
+    where.apply_all({"rolled": {**on_gpu, **drains}, "deleted": drains, "drained": {"replicas": 2, **drains}})
+    for service in lasting:
+        where.await_ready(service)
+    with ThreadPoolExecutor() as pool:
+        clients = {service: Client(where, service) for service in lasting}
+        wait([pool.submit(client.measure) for client in clients.values()])  # at once, as they will stream
+        streams = {service: pool.submit(clients[service].stream, seconds) for service, seconds in lasting.items()}
+        for client in clients.values():
+            assert client.begun.wait(60)
+        watch = Watch(where)
+        drain = end_pods(where, pool)
+        watch.until(drain)
+        wait(streams.values(), timeout=PATIENCE_SECONDS)
+        cluster.kubectl("uncordon", cluster.node)
+        yield Story(
+            where=where,
+            heard={service: stream.result(0) for service, stream in streams.items()},
+            asked={service: client.asked for service, client in clients.items()},
+            told=watch.told,
+            rollout=watch.rollout,
+            drain=drain.result(0),
+            fewest_ready=watch.fewest_ready,
+        )
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def story(operator_installed: Cluster, product_images: tuple[Image, Image]) -> Iterator[Story]:
+    """The three services, with streams that are as short as they may be."""
+    with unfolding(operator_installed, product_images[1], "e2e-rollouts", LASTING) as told:
+        yield told
+
+
+def assert_finished(story: Story, service: str) -> None:
+    """The client got all that it had asked for, and the pod had been told to end long before."""
+    heard = story.heard[service]
+    assert (heard.num_tokens, heard.finish_reason) == (story.asked[service], "length")
+    if service != "drained":  # of its two pods the other one may have gone first
+        assert heard.ended > story.told[service] + PRE_STOP_SECONDS, "the stream was too short to show anything"
+
+
+@pytest.mark.parametrize("service", ["rolled", "deleted", "drained"])
+def test_a_stream_in_flight_is_finished_by_a_pod_that_is_told_to_end(story: Story, service: str) -> None:
+    assert_finished(story, service)
+
+
+@pytest.mark.long
+def test_a_stream_of_a_minute_survives_a_rollout_a_deletion_and_a_drain(
+    operator_installed: Cluster, product_images: tuple[Image, Image]
+) -> None:
+    minute = dict.fromkeys(LASTING, 60.0)
+    with unfolding(operator_installed, product_images[1], "e2e-rollouts-long", minute) as story:
+        for service in minute:
+            assert_finished(story, service)
+
+
+def test_a_rollout_whose_new_pod_waits_for_the_gpu_of_the_old_one_ends_that_first(story: Story) -> None:
+    assert story.rollout == {"strategy": "replace", "message": "no GPUs are free for one more pod"}
+    story.where.await_ready("rolled")
+
+    def missing() -> str | None:
+        status = (story.where.get("inferenceservice", "rolled") or {}).get("status", {})
+        return None if status["rollout"]["strategy"] == "surge" else json.dumps(status["rollout"])
+
+    wait_until(missing, what="the usual order again", seconds=30)
+
+
+def test_a_drain_takes_one_pod_at_a_time_and_the_service_goes_on(story: Story) -> None:
+    assert "would violate the pod's disruption budget" in story.drain.stderr
+    assert story.fewest_ready == 1
+    story.where.await_ready("drained")
+
+
+def test_a_suspended_service_has_no_pod_and_one_that_is_resumed_serves(story: Story) -> None:
+    story.where.await_ready("deleted")
+    story.where.patch("deleted", {"replicas": 0})
+    story.where.await_condition("deleted", lambda condition: condition["reason"] == "Suspended", "Suspended")
+    wait_until(lambda: ", ".join(names_of(story.where, "deleted")) or None, what="its pod's end", seconds=60, poll=0.5)
+    story.where.kubectl("scale", "inferenceservice", "deleted", "--replicas=1")
+    story.where.await_ready("deleted")
