@@ -1,15 +1,15 @@
 """What keeps a service from serving: the status names it and the way out, and it clears when it is mended.
 
-All of them at once, so that they share their waits: one fixture makes every service of `CASES` and looks until each
-tells its reason, another one cures them all and looks until each has gone on. To go on is to serve, or, where serving
-would take another start of the engine and show no more, to be stopped by the next thing that is wrong.
+All of them at once, so that they share their waits: one fixture makes every service of `CASES`, cures each as soon as
+it tells its reason, and looks until each has gone on. To go on is to serve, or, where serving would take another start
+of the engine and show no more, to be stopped by the next thing that is wrong.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
@@ -260,6 +260,16 @@ def policy() -> list[Json]:
     ]
 
 
+@dataclass
+class Story:
+    """What was told of a case: its condition Ready."""
+
+    told: Json = field(default_factory=dict)  # when it had its reason
+    cured: Json = field(default_factory=dict)  # when it had gone on after its cure
+    last: Json = field(default_factory=dict)
+    broken: bool = False  # where it had to serve first
+
+
 @dataclass(frozen=True)
 class Ward:
     """The two namespaces of the cases."""
@@ -271,28 +281,32 @@ class Ward:
         """Where the case is."""
         return self.full if case.in_quota else self.free
 
-    def watch(self, wanted: dict[str, str], on_ready: Callable[[Case], None]) -> dict[str, Json]:
-        """Look until every case has had its reason; what each told then, or at the end.
-
-        Args:
-            wanted: the reason of Ready by the case's name.
-            on_ready: called for each case that has not had its reason and serves.
-        """
-        told: dict[str, Json] = {}
-        seen: dict[str, Json] = {}
+    def watch(self) -> dict[str, Story]:
+        """Look until every case has been told and cured, or it takes too long."""
+        stories = {case.name: Story() for case in CASES}
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(told) < len(wanted) and time.monotonic() < deadline:
+        while not all(story.cured for story in stories.values()) and time.monotonic() < deadline:
             seen = {**self.free.ready_conditions(), **self.full.ready_conditions()}
             for case in CASES:
-                condition = seen.get(case.name, {})
-                if case.name in told:
-                    continue
-                if condition.get("reason") == wanted[case.name]:
-                    told[case.name] = condition
-                if condition.get("status") == "True":
-                    on_ready(case)
+                if case.name in seen:
+                    self._go_on(case, stories[case.name], seen[case.name])
             time.sleep(0.5)  # between two looks
-        return {**seen, **told}
+        return stories
+
+    def _go_on(self, case: Case, story: Story, seen: Json) -> None:
+        where, story.last = self.of(case), seen
+        serves = seen["status"] == "True"
+        if not story.told:
+            if seen["reason"] == case.reason:
+                story.told = seen
+                case.cure(where, case.name)
+            elif serves and case.once_ready is not None and not story.broken:
+                story.broken = True
+                case.once_ready(where, case.name)
+        elif not story.cured and seen["reason"] == case.then:
+            story.cured = seen
+            if serves:  # and so makes room for those that still load
+                where.kubectl("delete", "inferenceservice", case.name, "--wait=false")
 
 
 @pytest.fixture(scope="module")
@@ -322,53 +336,32 @@ def ward(operator_installed: Cluster, product_images: tuple[Image, Image]) -> It
 
 
 @pytest.fixture(scope="module")
-def told(ward: Ward) -> dict[str, Json]:
-    """What each case told of its cause."""
-    broken: set[str] = set()
-
-    def on_ready(case: Case) -> None:
-        if case.once_ready is not None and case.name not in broken:
-            broken.add(case.name)
-            case.once_ready(ward.of(case), case.name)
-
-    return ward.watch({case.name: case.reason for case in CASES}, on_ready)
-
-
-@pytest.fixture(scope="module")
-def cured(ward: Ward, told: dict[str, Json]) -> dict[str, Json]:
-    """What each case told once it was cured, after its cause was seen."""
-    assert told.keys() == {case.name for case in CASES}
-    for case in CASES:
-        case.cure(ward.of(case), case.name)
-
-    def on_ready(case: Case) -> None:  # what serves makes room for those that still load
-        ward.of(case).kubectl("delete", "inferenceservice", case.name, "--wait=false")
-
-    return ward.watch({case.name: case.then for case in CASES}, on_ready)
+def stories(ward: Ward) -> dict[str, Story]:
+    """What was told of each case, by its name."""
+    return ward.watch()
 
 
 @EACH_CASE
-def test_what_keeps_a_service_from_serving_is_told(told: dict[str, Json], case: Case) -> None:
-    condition = told[case.name]
-    assert (condition["status"], condition["reason"]) == ("False", case.reason), json.dumps(condition)
+def test_what_keeps_a_service_from_serving_is_told(stories: dict[str, Story], case: Case) -> None:
+    story = stories[case.name]
+    assert story.told.get("status") == "False", json.dumps(story.last)
     for part in case.says:
-        assert part in condition["message"]
+        assert part in story.told["message"]
 
 
 @EACH_CASE
-def test_its_cure_is_enough(cured: dict[str, Json], case: Case) -> None:
-    condition = cured[case.name]
-    assert condition["reason"] == case.then, json.dumps(condition)
+def test_its_cure_is_enough(stories: dict[str, Story], case: Case) -> None:
+    story = stories[case.name]
+    assert story.cured, json.dumps(story.last)
 
 
-def test_a_file_that_arrives_is_enough(ward: Ward, cured: dict[str, Json]) -> None:
-    assert model.FILE_NAME in cured["no-claim"]["message"]
+def test_a_file_that_arrives_is_enough(ward: Ward, stories: dict[str, Story]) -> None:
+    assert model.FILE_NAME in stories["no-claim"].cured["message"]
     ward.free.put_model("late")
     ward.free.await_ready("no-claim")
 
 
-def test_gpus_decide_limits_and_tensor_parallel_size(ward: Ward, told: dict[str, Json]) -> None:
-    assert told["no-split"]["reason"] == "TensorParallelInvalid"
+def test_gpus_decide_limits_and_tensor_parallel_size(ward: Ward) -> None:
     service = ward.free.get("inferenceservice", "no-gpus")
     assert service is not None
     assert service["status"]["tensorParallelSize"] == 16

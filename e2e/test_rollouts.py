@@ -12,6 +12,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from threading import Event
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,9 +35,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 Json = dict[str, Any]
 
 PRE_STOP_SECONDS: Final = 5.0  # a pod that is to end serves on for so long before it is told
-SURE_SECONDS: Final = 12.0  # a stream of so long is still running when the pod is told
+STREAM_SECONDS: Final = 20.0  # a stream of so long is still running when the pod is told, also if it gets faster
+STARVED_SECONDS: Final = 12.0  # for so long the rollout has waited for a free GPU when the streams begin
 PATIENCE_SECONDS: Final = 240.0  # on two busy cores
-STARVED_SECONDS: Final = 34.0  # and one of so long when a rollout has given up waiting for a free GPU
+SERVICES: Final = ("rolled", "deleted", "drained")
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,6 @@ def going(where: Workspace, service: str) -> bool:
     return any("deletionTimestamp" in pod["metadata"] for pod in where.pods(service))
 
 
-LASTING: Final = {  # and for how long they answer when their pods are told to end
-    "rolled": STARVED_SECONDS,
-    "deleted": SURE_SECONDS,
-    "drained": SURE_SECONDS,
-}
-
-
 class Watch:
     """What is seen from outside while the pods end."""
 
@@ -136,15 +131,15 @@ class Watch:
         self.rollout: Json = {}
         self.fewest_ready = 2
 
-    def until(self, drain: Future[CompletedProcess[str]]) -> None:
+    def until(self, draining: Future[CompletedProcess[str]]) -> None:
         """Look until the drain is over and a pod of each service has been told to end."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (drain.done() and len(self.told) == len(LASTING)) and time.monotonic() < deadline:
+        while not (draining.done() and len(self.told) == len(SERVICES)) and time.monotonic() < deadline:
             self._look()
             time.sleep(0.3)  # between two looks
 
     def _look(self) -> None:
-        for service in LASTING:
+        for service in SERVICES:
             if service not in self.told and going(self._where, service):
                 self.told[service] = time.time()
         if self._cordoned and "drained" in self.told:  # from here on there is a node for the successors
@@ -157,23 +152,29 @@ class Watch:
             self.rollout = status["rollout"]
 
 
-def end_pods(where: Workspace, pool: ThreadPoolExecutor) -> Future[CompletedProcess[str]]:
-    """Let a pod of each service end, each in its own way; returns the drain."""
+def starve(where: Workspace) -> None:
+    """Begin a rollout, and wait until its new pod has waited for a GPU for a while."""
     where.patch("rolled", {"engine": {"maxNumSeqs": 8}})
-    where.kubectl("delete", "pod", *names_of(where, "deleted"), "--wait=false")
-    return pool.submit(
-        where.cluster.kubectl,
-        "drain",
-        where.cluster.node,
-        "--pod-selector=serving.octavo.dev/service=drained",
-        "--ignore-daemonsets",
-        "--delete-emptydir-data",
-        "--timeout=180s",
-    )
+
+    def missing() -> str | None:
+        conditions = [each for pod in where.pods("rolled") for each in pod["status"].get("conditions", ())]
+        waits = [each for each in conditions if each["type"] == "PodScheduled" and each["status"] == "False"]
+        since = min((datetime.fromisoformat(each["lastTransitionTime"]) for each in waits), default=None)
+        seconds = 0.0 if since is None else (datetime.now(UTC) - since).total_seconds()
+        return None if seconds >= STARVED_SECONDS else f"waits for {seconds:.0f} s"
+
+    wait_until(missing, what="a pod that waits for a GPU", seconds=60, poll=0.5)
+
+
+def drain(where: Workspace) -> CompletedProcess[str]:
+    """Drain the node of the pods of one service."""
+    chosen = "--pod-selector=serving.octavo.dev/service=drained"
+    options = ("--ignore-daemonsets", "--delete-emptydir-data", "--timeout=180s")
+    return where.cluster.kubectl("drain", where.cluster.node, chosen, *options)
 
 
 @contextmanager
-def unfolding(cluster: Cluster, engine: Image, name: str, lasting: dict[str, float]) -> Iterator[Story]:
+def unfolding(cluster: Cluster, engine: Image, name: str, seconds: float) -> Iterator[Story]:
     """In a namespace of its own, three services that answer for about so long while their pods end."""
     where = Workspace(cluster, name, engine)
     product.make_namespace(cluster, name)
@@ -182,17 +183,19 @@ def unfolding(cluster: Cluster, engine: Image, name: str, lasting: dict[str, flo
     drains = {"rollout": {"drainSeconds": 240}}
     on_gpu = {"accelerator": {"type": "nvidia", "count": 1}, "engine": {"device": "cpu"}}
     where.apply_all({"rolled": {**on_gpu, **drains}, "deleted": drains, "drained": {"replicas": 2, **drains}})
-    for service in lasting:
+    for service in SERVICES:
         where.await_ready(service)
     with ThreadPoolExecutor() as pool:
-        clients = {service: Client(where, service) for service in lasting}
+        clients = {service: Client(where, service) for service in SERVICES}
         wait([pool.submit(client.measure) for client in clients.values()])  # at once, as they will stream
-        streams = {service: pool.submit(clients[service].stream, seconds) for service, seconds in lasting.items()}
+        starve(where)
+        streams = {service: pool.submit(client.stream, seconds) for service, client in clients.items()}
         for client in clients.values():
             assert client.begun.wait(60)
+        where.kubectl("delete", "pod", *names_of(where, "deleted"), "--wait=false")
+        draining = pool.submit(drain, where)
         watch = Watch(where)
-        drain = end_pods(where, pool)
-        watch.until(drain)
+        watch.until(draining)
         wait(streams.values(), timeout=PATIENCE_SECONDS)
         cluster.kubectl("uncordon", cluster.node)
         yield Story(
@@ -201,7 +204,7 @@ def unfolding(cluster: Cluster, engine: Image, name: str, lasting: dict[str, flo
             asked={service: client.asked for service, client in clients.items()},
             told=watch.told,
             rollout=watch.rollout,
-            drain=drain.result(0),
+            drain=draining.result(0),
             fewest_ready=watch.fewest_ready,
         )
     cluster.kubectl("delete", "namespace", name, "--wait=false")
@@ -210,7 +213,7 @@ def unfolding(cluster: Cluster, engine: Image, name: str, lasting: dict[str, flo
 @pytest.fixture(scope="module")
 def story(operator_installed: Cluster, product_images: tuple[Image, Image]) -> Iterator[Story]:
     """The three services, with streams that are as short as they may be."""
-    with unfolding(operator_installed, product_images[1], "e2e-rollouts", LASTING) as told:
+    with unfolding(operator_installed, product_images[1], "e2e-rollouts", STREAM_SECONDS) as told:
         yield told
 
 
@@ -222,7 +225,7 @@ def assert_finished(story: Story, service: str) -> None:
         assert heard.ended > story.told[service] + PRE_STOP_SECONDS, "the stream was too short to show anything"
 
 
-@pytest.mark.parametrize("service", ["rolled", "deleted", "drained"])
+@pytest.mark.parametrize("service", SERVICES)
 def test_a_stream_in_flight_is_finished_by_a_pod_that_is_told_to_end(story: Story, service: str) -> None:
     assert_finished(story, service)
 
@@ -231,9 +234,8 @@ def test_a_stream_in_flight_is_finished_by_a_pod_that_is_told_to_end(story: Stor
 def test_a_stream_of_a_minute_survives_a_rollout_a_deletion_and_a_drain(
     operator_installed: Cluster, product_images: tuple[Image, Image]
 ) -> None:
-    minute = dict.fromkeys(LASTING, 60.0)
-    with unfolding(operator_installed, product_images[1], "e2e-rollouts-long", minute) as story:
-        for service in minute:
+    with unfolding(operator_installed, product_images[1], "e2e-rollouts-long", 60.0) as story:
+        for service in SERVICES:
             assert_finished(story, service)
 
 

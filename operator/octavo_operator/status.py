@@ -13,6 +13,7 @@ Messages are a function of the state alone, without clocks and counters that onl
 broken service would be a stream of writes.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -203,7 +204,7 @@ def _find(
         findings[Finding.of(Cause.READY, detail=_sentence(wanted, wanted))] += 0
     else:
         pods = _updated_pods(observed.pods, deployment)
-        findings.update(_deployment_troubles(deployment, service))
+        findings.update(_deployment_troubles(deployment, service, pods))
         findings.update(diagnose(pod, service) for pod in pods if not pod.ready)
         if any(each.cause in {Cause.PULLING, Cause.LOADING} for each in findings):
             # They take as long as they take, and end by themselves where they are stuck.
@@ -226,16 +227,27 @@ def _is_complete(deployment: Child, wanted: int) -> bool:
     return _is_seen(deployment) and deployment.replicas == wanted and numbers == [wanted] * 3
 
 
-def _deployment_troubles(deployment: Child | None, service: InferenceService) -> Counter[Finding]:
-    """What the Deployment itself tells of that no pod can tell."""
+def _deployment_troubles(
+    deployment: Child | None, service: InferenceService, updated: Sequence[Pod]
+) -> Counter[Finding]:
+    """What the Deployment itself tells of that no pod can tell; `updated` are the pods of the present template."""
     findings = Counter[Finding]()
     for told in deployment.status.get("conditions", ()) if deployment is not None and _is_seen(deployment) else ():
         message = told.get("message", "")
-        if (told["type"], told["status"]) == ("ReplicaFailure", "True"):
+        if (told["type"], told["status"]) == ("ReplicaFailure", "True") and not _is_of_old_pods(message, updated):
             findings[diagnose_creation(message, service)] += 0
         if (told["type"], told.get("reason")) == ("Progressing", "ProgressDeadlineExceeded"):
             findings[Finding.of(Cause.STALLED, detail=stable(message))] += 0
     return findings
+
+
+def _is_of_old_pods(message: str, updated: Sequence[Pod]) -> bool:
+    """Whether a pod of another template than the present one could not be created.
+
+    The Deployment tells that as long as it wants such a pod, also when those of the present template are there.
+    """
+    named = re.match(r'pods "[^"]*-([^-"]+)-[^-"]*" is forbidden', message)  # SERVICE-TEMPLATE-RANDOM
+    return named is not None and bool(updated) and named[1] not in {pod.template for pod in updated}
 
 
 def _progress(deployment: Child | None, wanted: int, *, num_ready: int) -> Finding:

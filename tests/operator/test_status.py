@@ -30,7 +30,7 @@ from octavo_operator import diagnosis, names, status
 from octavo_operator.api.status import InferenceServiceStatus
 from octavo_operator.decide import Plan
 from octavo_operator.errors import ApiError, Forbidden, Refused
-from octavo_operator.observe import Child, Observed
+from octavo_operator.observe import Child, Observed, Pod
 from octavo_operator.resources import Key
 from octavo_operator.rollout import Order
 
@@ -80,6 +80,17 @@ def test_what_ails_pods_of_an_older_template_is_history() -> None:
     old = pod("old", template="old", created="2026-01-01T00:00:00Z", **engine(terminated(REFUSAL)))
     new = pod("new", template="new", created="2026-01-02T00:00:00Z", **engine(RUNNING))
     assert ready(tell(old, new, of=service(), there=deployment(1)))[1] == "Loading"
+
+
+def test_a_pod_of_an_older_template_that_cannot_be_created_is_history_once_there_is_a_newer_one() -> None:
+    def told(*pods: Pod, updated: int) -> str:
+        message = 'pods "llama-old-x7k2p" is forbidden: exceeded quota: gpus, requested: 2, limited: 1'
+        failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message}
+        return ready(tell(*pods, there=deployment(1, updated=updated, conditions=[failure])))[1]
+
+    assert told(updated=0) == "QuotaExceeded"
+    assert told(pod(template="old"), updated=1) == "QuotaExceeded"  # it is one of several
+    assert told(pod(template="new", **engine(RUNNING)), updated=1) == "Loading"
 
 
 def test_before_the_new_template_has_a_pod_the_old_ones_are_not_blamed() -> None:
