@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from octavo_operator import names
 from octavo_operator.ownership import our_fields
-from octavo_operator.resources import DEPLOYMENT, Json, Key
+from octavo_operator.resources import Json, Key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Child:
     max_surge: int | str | None = None  # of its rolling update
     revision: int = 0  # of a ControllerRevision
     data: str | None = None  # of a ControllerRevision, as JSON text
-    annotations: Mapping[str, str] = field(default_factory=dict)  # ours, of a Deployment; see rollout.py
+    annotations: Mapping[str, str] = field(default_factory=dict)  # of a ControllerRevision
     status: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +64,7 @@ class Child:
             max_surge=body.get("spec", {}).get("strategy", {}).get("rollingUpdate", {}).get("maxSurge"),
             revision=body.get("revision", 0),
             data=json.dumps(body["data"]) if "data" in body else None,
-            annotations=_our_annotations(metadata) if kind == DEPLOYMENT.kind else {},
+            annotations=metadata.get("annotations", {}) if "data" in body else {},
             status=body.get("status", {}),
         )
 
@@ -228,11 +228,6 @@ def _owner(metadata: Json) -> Owner | None:
         if reference.get("controller"):
             return Owner(kind=reference["kind"], name=reference["name"], uid=reference["uid"])
     return None
-
-
-def _our_annotations(metadata: Json) -> dict[str, str]:
-    annotations: dict[str, str] = metadata.get("annotations", {})
-    return {key: value for key, value in annotations.items() if key.startswith(f"{names.GROUP}/")}
 
 
 def _owned_fields(metadata: Json) -> str | None:

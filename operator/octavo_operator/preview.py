@@ -17,12 +17,11 @@ from octavo_operator.desired import children
 from octavo_operator.kubectl import Kubectl, KubectlFailed
 from octavo_operator.observe import Child, Observed, Pod
 from octavo_operator.resources import CHILDREN, CONTROLLER_REVISION, DEPLOYMENT, OPTIONAL, POD, Json, Resource
-from octavo_operator.rollout import RENDERED_ANNOTATION, applied_template, choose_order, freeze, keeps_count, kept_name
+from octavo_operator.rollout import applied_template, choose_order, freeze, has_lost_revision, keeps_count
 
 # The API server's and the operator's bookkeeping: it follows from the rest.
 _BOOKS: Final = {"managedFields", "resourceVersion", "generation", "uid", "creationTimestamp"}
 _BOOKS_IN_ANNOTATIONS: Final = {
-    RENDERED_ANNOTATION,
     names.MANIFEST_HASH_ANNOTATION,
     "kubectl.kubernetes.io/last-applied-configuration",
     "deployment.kubernetes.io/revision",
@@ -78,13 +77,17 @@ def preview(kubectl: Kubectl, document: Json, operator: Operator | None) -> str:
     if operator is None:
         running = (before or {}).get("status", {}).get("engineImage")
         operator = Operator(running or names.DEFAULT_ENGINE_IMAGE)
-    lines = [*_tell(names.KIND, service.name, before, applied), *_tell_children(kubectl, service, operator)]
+    acted_on = (before or {}).get("status", {}).get("observedGeneration")
+    told = _tell_children(kubectl, service, operator, acted_on)
+    lines = [*_tell(names.KIND, service.name, before, applied), *told]
     if not lines:
         return f"{service.name} in {namespace}: nothing would change\n"
     return f"{service.name} in {namespace} would change:\n" + "".join(f"  {line}\n" for line in lines)
 
 
-def _tell_children(kubectl: Kubectl, service: InferenceService, operator: Operator) -> Iterator[str]:
+def _tell_children(
+    kubectl: Kubectl, service: InferenceService, operator: Operator, observed_generation: int | None
+) -> Iterator[str]:
     """What the operator would write, object by object, and what becomes of the pods."""
     offered = [resource.kind for resource in OPTIONAL.values() if kubectl.serves(resource)]
     live, seen = _observe(kubectl, service.name, offered)
@@ -98,7 +101,7 @@ def _tell_children(kubectl: Kubectl, service: InferenceService, operator: Operat
         prometheus_url=operator.prometheus_url,
     )
     lost = None
-    if (kept := kept_name(service, seen)) is not None and (CONTROLLER_REVISION.kind, kept) not in live:
+    if has_lost_revision(service, observed_generation, seen):
         lost = applied_template(live[DEPLOYMENT.kind, names.deployment(service.name)])
     frozen = freeze(service, desired, seen, lost)
     live, seen = _with_strangers(kubectl, frozen.manifests, live, seen)

@@ -29,8 +29,8 @@ from octavo_operator.kube import Kube
 from octavo_operator.loading import Loads
 from octavo_operator.observe import Child, Observed, hindrance, lost_pull_secrets
 from octavo_operator.queue import WorkQueue
-from octavo_operator.resources import CHILDREN, CONTROLLER_REVISION, DEPLOYMENT, INFERENCE_SERVICE, Json, Key
-from octavo_operator.rollout import applied_template, choose_order, freeze, keeps_count, kept_name
+from octavo_operator.resources import CHILDREN, DEPLOYMENT, INFERENCE_SERVICE, Json, Key
+from octavo_operator.rollout import applied_template, choose_order, freeze, has_lost_revision, keeps_count
 from octavo_operator.settings import Settings
 
 WORKERS: Final = 8  # reconciles at once; each spends its time waiting for the API server
@@ -157,10 +157,13 @@ class Reconciler:
             prometheus_url=self._settings.prometheus_url,
         )
         found = await self._observe(key, desired)
-        frozen = freeze(service, desired, found, await self._lost_template(service, found))
+        previous = body.get("status", {})
+        lost = None
+        if has_lost_revision(service, previous.get("observedGeneration"), found):
+            lost = applied_template(await self._kube.get(DEPLOYMENT, key.namespace, names.deployment(service.name)))
+        frozen = freeze(service, desired, found, lost)
         plan = decide(body["metadata"]["uid"], frozen.manifests, found)
         created, failure = await self._apply(plan)
-        previous = body.get("status", {})
         observed = await self._with_events(service, self._loads.added_to(self._caches.observed(key)))
         told = status.build(
             service,
@@ -177,14 +180,6 @@ class Reconciler:
             raise failure
         silence = SILENCE_SECONDS if any(pod.is_silent for pod in observed.pods) else None
         return min(filter(None, (plan.requeue_after, order.look_again, silence)), default=None)
-
-    async def _lost_template(self, service: InferenceService, found: Observed) -> Json | None:
-        """The pod template as we have applied it, where the revision that should keep it has been deleted."""
-        name = kept_name(service, found)
-        if name is None or found.child(CONTROLLER_REVISION.kind, name) is not None:
-            return None
-        namespace = service.metadata.namespace or ""
-        return applied_template(await self._kube.get(DEPLOYMENT, namespace, names.deployment(service.name)))
 
     async def _with_events(self, service: InferenceService, observed: Observed) -> Observed:
         """Add what only events tell: a volume that cannot be mounted changes nothing in the pod itself."""

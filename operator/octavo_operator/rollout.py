@@ -4,9 +4,9 @@ Two rules of their own stand between what the builders render and what is applie
 
 - **An operator's upgrade replaces no pod.** The pod template that was rendered is kept in a ControllerRevision. As long
   as the spec does not ask for other pods, that one is applied, also by a later operator that would render another.
-  Whether a change of the spec asks for other pods is seen by rendering it: the Deployment says for which generation the
-  operator has rendered what, and which template is applied. Where that revision has been deleted, it is made anew from
-  the Deployment. The annotation `serving.octavo.dev/update` of the InferenceService asks for a newer rendering, too.
+  Whether a change of the spec asks for other pods is seen by rendering it: the revision remembers for which generation
+  the operator has rendered what. The annotation `serving.octavo.dev/update` of the InferenceService asks for it, too.
+  Where the revision has been deleted, it is made anew from the Deployment.
 - **A rollout never waits for itself.** A new pod comes first, so that nobody notices. Where it waits for GPUs that the
   old pods hold, an old one goes first, from then on until the rollout is over.
 """
@@ -26,8 +26,7 @@ from octavo_operator.ownership import our_fields, owned_part
 from octavo_operator.resources import CONTROLLER_REVISION, DEPLOYMENT, Json
 
 GPU_PATIENCE_SECONDS: Final = 20.0  # a pod that has no GPUs for so long will not get any from elsewhere
-# On the Deployment: GENERATION/HASH/KEPT, of what was rendered last for the spec, and of the template that is applied.
-RENDERED_ANNOTATION: Final = f"{names.GROUP}/rendered"
+RENDERED_ANNOTATION: Final = f"{names.GROUP}/rendered"  # GENERATION/HASH of what was rendered last for the spec
 _GPUS_TAKEN: Final = "no GPUs are free for one more pod"
 _BY_DEFAULT: Final = "there is room for one more pod, as far as is known"
 
@@ -107,12 +106,22 @@ class Frozen:
         return image
 
 
-def kept_name(service: InferenceService, observed: Observed) -> str | None:
-    """The name of the ControllerRevision with the template of the Deployment, if there should be one."""
-    deployment = _deployment(service, observed)
-    if deployment is None or RENDERED_ANNOTATION not in deployment.annotations:
-        return None
-    return names.revision(service.name, deployment.annotations[RENDERED_ANNOTATION].split("/")[-1])
+def has_lost_revision(service: InferenceService, observed_generation: int | None, observed: Observed) -> bool:
+    """Whether somebody has deleted the revision of a Deployment whose spec was acted on already."""
+    deployment = observed.child(DEPLOYMENT.kind, names.deployment(service.name))
+    return (
+        observed_generation == service.metadata.generation
+        and deployment is not None
+        and _is_of(deployment, service)
+        and not _revisions(service, observed)
+    )
+
+
+def applied_template(deployment: Json) -> Manifest | None:
+    """The pod template of a live Deployment as it was applied, without what others and the server have added."""
+    fields = our_fields(deployment["metadata"])
+    template: Manifest | None = owned_part(fields, deployment)["spec"].get("template") if fields else None
+    return template
 
 
 def freeze(
@@ -124,71 +133,63 @@ def freeze(
         service: the resource.
         manifests: as rendered.
         observed: what there is.
-        lost: the template of the Deployment as it was applied, where the revision that should keep it is missing.
+        lost: the template as it was applied, if `has_lost_revision`.
     """
     rendered = tuple(manifests)
-    generation = service.metadata.generation or 0
     (fresh,) = (manifest["spec"]["template"] for manifest in rendered if manifest["kind"] == DEPLOYMENT.kind)
-    template, revision = _kept(service, fresh, observed, lost) or (fresh, generation)
-    asked_for = service.metadata.annotations.get(names.UPDATE_ANNOTATION)
-    annotations = {
-        RENDERED_ANNOTATION: f"{generation}/{_digest(fresh)}/{_digest(template)}",
-        **({names.UPDATE_ANNOTATION: asked_for} if asked_for is not None else {}),
-    }
+    template, generation = _kept(service, fresh, observed) or (lost or fresh, service.metadata.generation or 0)
     kept = tuple(
-        {
-            **manifest,
-            "metadata": {**manifest["metadata"], "annotations": annotations},
-            "spec": {**manifest["spec"], "template": template},
-        }
+        {**manifest, "spec": {**manifest["spec"], "template": template}}
         if manifest["kind"] == DEPLOYMENT.kind
         else manifest
         for manifest in rendered
     )
-    return Frozen(manifests=(_revision(service, template, revision), *kept), update_available=template != fresh)
+    revision = _revision(service, template, generation, fresh)
+    return Frozen(manifests=(*kept, revision), update_available=template != fresh)
 
 
-def applied_template(deployment: Json) -> Manifest | None:
-    """The pod template of a live Deployment as it was applied, without what others and the server have added."""
-    fields = our_fields(deployment["metadata"])
-    template: Manifest | None = owned_part(fields, deployment)["spec"].get("template") if fields else None
-    return template
+def _is_of(child: Child, service: InferenceService) -> bool:
+    return not child.deleting and child.owner is not None and child.owner.uid == service.metadata.uid
 
 
-def _deployment(service: InferenceService, observed: Observed) -> Child | None:
-    """The service's own."""
-    found = observed.child(DEPLOYMENT.kind, names.deployment(service.name))
-    is_ours = found is not None and found.owner is not None and found.owner.uid == service.metadata.uid
-    return found if is_ours else None
+def _revisions(service: InferenceService, observed: Observed) -> list[Child]:
+    return [
+        child
+        for child in observed.children.values()
+        if child.kind == CONTROLLER_REVISION.kind and child.data is not None and _is_of(child, service)
+    ]
 
 
-def _kept(
-    service: InferenceService, fresh: Manifest, observed: Observed, lost: Manifest | None
-) -> tuple[Manifest, int] | None:
-    """The kept template and its number, if it still serves."""
-    deployment, name = _deployment(service, observed), kept_name(service, observed)
-    if deployment is None or name is None:
+def _kept(service: InferenceService, fresh: Manifest, observed: Observed) -> tuple[Manifest, int] | None:
+    """The kept template and the generation for which it was made, if it still serves."""
+    newest = max(_revisions(service, observed), key=lambda child: (child.revision, child.name), default=None)
+    if newest is None or newest.data is None:
         return None
-    rendered_for, rendered, _kept_digest = deployment.annotations[RENDERED_ANNOTATION].split("/")
-    generation = service.metadata.generation or 0
-    asked_for = service.metadata.annotations.get(names.UPDATE_ANNOTATION)
-    same_spec = rendered_for == str(generation) or rendered == _digest(fresh)
-    if not same_spec or deployment.annotations.get(names.UPDATE_ANNOTATION) != asked_for:
+    rendered_for, _, rendered = newest.annotations.get(RENDERED_ANNOTATION, "").partition("/")
+    same_spec = rendered_for == str(service.metadata.generation or 0) or rendered == _digest(fresh)
+    if not same_spec or newest.annotations.get(names.UPDATE_ANNOTATION) != _asked_for(service):
         return None
-    revision = observed.child(CONTROLLER_REVISION.kind, name)
-    if revision is not None and revision.data is not None:
-        template: Manifest = json.loads(revision.data)["template"]
-        return template, revision.revision
-    return (lost, generation) if lost is not None else None
+    template: Manifest = json.loads(newest.data)["template"]
+    return template, newest.revision
 
 
-def _revision(service: InferenceService, template: Manifest, number: int) -> Manifest:
+def _asked_for(service: InferenceService) -> str | None:
+    return service.metadata.annotations.get(names.UPDATE_ANNOTATION)
+
+
+def _revision(service: InferenceService, template: Manifest, generation: int, fresh: Manifest) -> Manifest:
+    metadata = object_meta(service, names.revision(service.name, _digest(template)))
+    asked_for = _asked_for(service)
+    annotations = {
+        RENDERED_ANNOTATION: f"{service.metadata.generation or 0}/{_digest(fresh)}",
+        **({names.UPDATE_ANNOTATION: asked_for} if asked_for is not None else {}),
+    }
     return {
         "apiVersion": CONTROLLER_REVISION.api_version,
         "kind": CONTROLLER_REVISION.kind,
-        "metadata": object_meta(service, names.revision(service.name, _digest(template))),
+        "metadata": {**metadata, "annotations": annotations},
         "data": {"template": template},
-        "revision": number,
+        "revision": generation,
     }
 
 

@@ -12,7 +12,7 @@ from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.desired import children
 from octavo_operator.observe import Child, Observed, Pod
-from octavo_operator.rollout import Frozen, choose_order, freeze
+from octavo_operator.rollout import Frozen, choose_order, freeze, has_lost_revision
 
 Json = dict[str, Any]
 
@@ -96,12 +96,13 @@ def apply(
 
     `forgotten`: the template of the Deployment, where the revision with it has been deleted since.
     """
-    there = (
-        {} if before is None else {(each["kind"], each["metadata"]["name"]): stored(each) for each in before.manifests}
-    )
+    applied = before.manifests if before is not None else ()
+    there = {(each["kind"], each["metadata"]["name"]): stored(each) for each in applied}
     if forgotten is not None:
         there = {key: child for key, child in there.items() if key[0] != "ControllerRevision"}
-    return freeze(it, children(it, engine_image=image), Observed(children=there), forgotten)
+    seen = Observed(children=there)
+    lost = forgotten if has_lost_revision(it, observed_generation=1, observed=seen) else None
+    return freeze(it, children(it, engine_image=image), seen, lost)
 
 
 def revision(of: Frozen) -> Json:
