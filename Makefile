@@ -59,7 +59,7 @@ test-long: venv ## The campaigns that take longer than CI has
 
 .PHONY: test-kernels
 test-kernels: venv ## The whole sweep of the GPU kernels: interpreted, and compiled for every GPU (without one)
-	@$(PYTHON) -m pytest -m kernels tests/engine/kernels
+	@$(PYTHON) -m pytest --numprocesses=2 --dist=loadscope -m kernels tests/engine/kernels
 
 .PHONY: bench
 bench: venv ## Octavo beside llama.cpp, vLLM and transformers on this machine (sets them up at first; ARGS=--help)

@@ -128,7 +128,7 @@ def _multiply_variant(target: Target, out: torch.dtype, rows: int, *, is_blockwi
             ("ROWS", rows),
             ("COLUMNS", _COLUMNS),
         ),
-        num_warps=4,
+        num_warps=4 if rows == matmul.ROWS[0] or target.has_fp8 else 8,  # decoding takes registers
         num_stages=3,
     )
 
