@@ -21,7 +21,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt hatch_build.py $(NATIVE)
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Octavo needs Python 3.11 or newer; python3 is $$(python3 --version)"; exit 1; }
 	@[ -x $(VENV)/bin/pip ] || python3 -m venv $(VENV) || { rm -rf $(VENV); apt-get update -qq && apt-get install -y -qq python3-venv && python3 -m venv $(VENV); }
 	@$(VENV)/bin/pip install --quiet --constraint constraints.txt uv
-	@$(VENV)/bin/uv pip install --python $(PYTHON) $(addprefix --find-links ,$(WHEELS)) --constraint constraints.txt --editable '.[engine,operator]' --group dev
+	@$(VENV)/bin/uv pip install --python $(PYTHON) $(addprefix --find-links ,$(WHEELS)) --constraint constraints.txt --editable '.[engine,operator,otel]' --group dev
 	@touch $@
 
 .PHONY: venv

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from octavo_cluster import backend, demo, model, prepare
+from octavo_cluster import backend, clients, demo, model, prepare
 from octavo_cluster.errors import HarnessError
 from octavo_cluster.progress import say
 
@@ -50,6 +50,7 @@ def _images() -> None:
 
 def _prepare() -> None:
     prepare.everything()
+    clients.ensure()
 
 
 def _model() -> None:
