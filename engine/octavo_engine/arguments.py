@@ -193,6 +193,11 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="write prompts of chats as this file's jinja2 template does (default: as the model's own does)",
     )
     group.add_argument(
+        "--old-metrics",
+        action="store_true",
+        help="/metrics has the names that vLLM gave up too, for dashboards that ask for them (default: off)",
+    )
+    group.add_argument(
         "--max-num-queued-reqs",
         type=whole(0),
         metavar="N",

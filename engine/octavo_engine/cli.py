@@ -76,6 +76,7 @@ def _serve(options: argparse.Namespace) -> None:
         api_key_file=options.api_key_file,
         api_key_for_all=options.api_key_for_all,
         allowed_origins=options.allowed_origins,
+        old_metrics=options.old_metrics,
         chat_template=options.chat_template,
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,

@@ -66,6 +66,7 @@ class ServerConfig:
     api_key_file: Path | None = None  # one key a line; read again when it changes. No keys at all: none is needed
     api_key_for_all: bool = False  # /health, /ready, /metrics and /version need a key too
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server (CORS); "*": any
+    old_metrics: bool = False  # /metrics has vLLM's older names too
     chat_template: Path | None = None  # a file with a template in jinja2; None: the model's own
     ssl_keyfile: Path | None = None  # PEM, like the other two; with ssl_certfile: HTTPS
     ssl_certfile: Path | None = None

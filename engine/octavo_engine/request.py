@@ -54,6 +54,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # names of the first blocks in the prefix cache, so far
     num_offered_tokens: int = 0  # tokens in full blocks that were offered to the prefix cache since the last admission
     num_cached_tokens: int | None = None  # prompt tokens that it had when this was first admitted; None: not yet
+    num_preemptions: int = 0
     grammar: Grammar | None = None  # where the answer is in what it keeps to
     past: PastTokens | None = field(init=False)  # what the sampler must know of token_ids, if anything
 

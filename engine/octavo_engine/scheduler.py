@@ -257,6 +257,7 @@ class Scheduler:
             victim.status = RequestStatus.WAITING
             insort(self._waiting, victim, key=_order)
             self._num_preemptions += 1
+            victim.num_preemptions += 1
             if victim is request:
                 return False
         if request.shares_last_block and block_ids is not request.block_ids:
@@ -349,6 +350,7 @@ class Scheduler:
             finish_reason=finish_reason,
             error=row.error,
             num_cached_tokens=request.num_cached_tokens or 0,
+            num_preemptions=request.num_preemptions,
             logprobs=() if row.logprobs is None else (row.logprobs,),
             state=row.state or b"",
         )

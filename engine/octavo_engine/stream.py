@@ -6,6 +6,7 @@ A reader slower than the engine finds several steps' updates merged into one for
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,12 @@ class Answered:
     prefill_seconds: float  # from there to its first tokens
     decode_seconds: float  # from there to its last ones
     num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt, that needed no computation
     num_tokens: int  # generated
+    most_tokens: int  # generated for one of its answers
     max_tokens: int  # asked for
+    num_choices: int
+    num_preemptions: int  # of all of them
 
 
 class UpdateStream:
@@ -48,7 +53,9 @@ class UpdateStream:
         self.begun: float | None = None
         self.last_tokens: dict[int, float] = {}
         self._first_tokens = sent  # when they came, of any choice
-        self._num_tokens = 0
+        self._num_tokens: Counter[int] = Counter()  # by choice
+        self._num_cached_tokens = 0
+        self._num_preemptions: dict[int, int] = {}  # by choice
         self._living = set(range(request.num_choices))  # choices that will have further updates for the reader
         self._waiting: dict[int, list[RequestUpdate]] = {}  # by choice
         self._failure: str | None = None  # how the engine process ended
@@ -63,7 +70,9 @@ class UpdateStream:
         """Take an update from the engine."""
         if update.token_ids:
             self._first_tokens = self._first_tokens if self._num_tokens else now
-            self._num_tokens += len(update.token_ids)
+            self._num_tokens[update.choice] += len(update.token_ids)
+            self._num_cached_tokens = update.num_cached_tokens
+            self._num_preemptions[update.choice] = update.num_preemptions
             self.last_tokens[update.choice] = now
         if update.choice not in self._living:  # dropped in the meantime
             return
@@ -81,7 +90,11 @@ class UpdateStream:
             prefill_seconds=self._first_tokens - self.begun,
             decode_seconds=max(self.last_tokens.values()) - self._first_tokens,
             num_prompt_tokens=len(self.request.prompt_token_ids),
-            num_tokens=self._num_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_tokens=self._num_tokens.total(),
+            most_tokens=max(self._num_tokens.values()),
+            num_choices=self.request.num_choices,
+            num_preemptions=sum(self._num_preemptions.values()),
             max_tokens=self.request.sampling.max_tokens,
         )
 

@@ -6,17 +6,20 @@ service.py how each request ended.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, get_args
+import re
+from typing import TYPE_CHECKING, Final, Literal, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from octavo_engine.errors import RejectionReason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from octavo_engine.messages import EngineFacts, SchedulerStats
     from octavo_engine.stream import Answered
+
+_Kind = TypeVar("_Kind", Counter, Gauge)
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
 _FINISHED_REASONS: Final[tuple[FinishedReason, ...]] = ("stop", "length", "abort", "error")
@@ -35,18 +38,40 @@ _REQUEST_BUCKETS: Final = (
 )  # seconds
 _TOKEN_BUCKETS: Final = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 _HTTP_BUCKETS: Final = (0.1, 0.5, 1.0)  # seconds
+_CHOICE_BUCKETS: Final = (1, 2, 5, 10, 20)
+_PREEMPTION_BUCKETS: Final = (1, 2, 3, 4, 5, 10, 20)
 _STEP_TOKEN_BUCKETS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # fmt: on
 
 
-class Metrics:
-    """The metrics of one engine."""
+# vLLM's older names, which some dashboards still ask for, by the newer ones.
+OLD_NAMES: Final[Mapping[str, str]] = {
+    "vllm:inter_token_latency_seconds": "vllm:time_per_output_token_seconds",
+    "vllm:kv_cache_usage_perc": "vllm:gpu_cache_usage_perc",
+    "vllm:prefix_cache_queries": "vllm:gpu_prefix_cache_queries",
+    "vllm:prefix_cache_hits": "vllm:gpu_prefix_cache_hits",
+}
 
-    def __init__(self, model_name: str) -> None:
+
+class Metrics:
+    """The metrics of one engine.
+
+    Args:
+        model_name: a label of all.
+        old_names: serve OLD_NAMES too.
+    """
+
+    def __init__(self, model_name: str, *, old_names: bool = False) -> None:
+        self._old_names = old_names
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
         self._running = self._gauge("vllm:num_requests_running", "Requests in the running batch.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
+        # Who waits, waits for room: there is nothing here for which a request would be put off.
+        by_reason = self._by("vllm:num_requests_waiting_by_reason", "The same, by why.", Gauge, "reason")
+        self._waiting_for_room = by_reason("capacity")
+        by_reason("deferred")
+        self._add_constants()
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
         self._kv_waste = self._gauge(
             "octavo:kv_cache_waste_perc", "Share of the slots in used KV blocks that no token needs, 0 to 1."
@@ -59,7 +84,15 @@ class Metrics:
         self._prefix_hits = self._counter(
             "vllm:prefix_cache_hits", "Tokens whose KV was found in the prefix cache and not computed anew."
         )
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts, those found in a cache included.")
+        by_source = self._by("vllm:prompt_tokens_by_source", "The same, by where their KV is from.", Counter, "source")
+        self._computed_prompt_tokens = by_source("local_compute")
+        self._found_prompt_tokens = by_source("local_cache_hit")
+        by_source("external_kv_transfer")
+        self._cached_prompt_tokens = self._counter("vllm:prompt_tokens_cached", "Tokens of prompts found in a cache.")
+        cached_by = self._by("vllm:prompt_tokens_cached_by_source", "The same, by which cache.", Counter, "source")
+        self._found_prompt_tokens_again = cached_by("local_cache_hit")
+        cached_by("external_kv_transfer")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From the request to its first token.", _FIRST_TOKEN_BUCKETS
@@ -96,6 +129,21 @@ class Metrics:
         self._max_tokens = self._histogram(
             "vllm:request_params_max_tokens", "Tokens that a request asked for at most.", _TOKEN_BUCKETS
         )
+        self._most_tokens = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of a request's longest answer.", _TOKEN_BUCKETS
+        )
+        self._num_choices = self._histogram(
+            "vllm:request_params_n", "Answers that a request asked for.", _CHOICE_BUCKETS
+        )
+        self._preempted = self._histogram(
+            "vllm:request_num_preemptions", "How often a request was put back to free KV blocks.", _PREEMPTION_BUCKETS
+        )
+        self._prefilled = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a request that were computed.", _TOKEN_BUCKETS
+        )
+        self._tool_parses = self._counter(
+            "vllm:tool_call_parser_invocations", "Answers in which calls of tools were looked for."
+        )
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens computed in a step.", _STEP_TOKEN_BUCKETS
         )
@@ -118,23 +166,21 @@ class Metrics:
         self._rejections = {
             reason: rejections.labels(model_name=model_name, reason=reason) for reason in get_args(RejectionReason)
         }
-        # Those of prometheus-fastapi-instrumentator, which vLLM serves beside its own.
-        self._http_requests = Counter(
-            "http_requests",
-            "Answers by route and class of status.",
-            ["handler", "method", "status"],
-            registry=self._registry,
-        )
-        self._http_seconds = Histogram(
-            "http_request_duration_seconds",
-            "From a request's head to the last byte of its answer.",
-            ["handler", "method"],
-            buckets=_HTTP_BUCKETS,
-            registry=self._registry,
-        )
+        self._http_requests, self._http_seconds = _http_metrics(self._registry)
         self._num_preemptions_seen = 0
         self._num_prefix_queries_seen = 0
         self._num_prefix_hits_seen = 0
+
+    def _add_constants(self) -> None:
+        """What vLLM tells of things that this engine does not have."""
+        asleep = self._by(
+            "vllm:engine_sleep_state", "Whether the engine sleeps, which this one never does.", Gauge, "sleep_state"
+        )
+        for state in ("awake", "weights_offloaded", "discard_all"):
+            asleep(state).set(state == "awake")
+        for cache in ("external_prefix", "mm"):  # that this engine does not have
+            for what in ("queries", "hits"):
+                self._counter(f"vllm:{cache}_cache_{what}", "Always 0: there is no such cache here.")
 
     def on_first_tokens(self, *, seconds: float, num_prompt_tokens: int, num_tokens: int) -> None:
         """A request got its first tokens (EngineObserver)."""
@@ -159,6 +205,14 @@ class Metrics:
         self._num_prompt_tokens.observe(answered.num_prompt_tokens)
         self._num_generation_tokens.observe(answered.num_tokens)
         self._max_tokens.observe(answered.max_tokens)
+        self._most_tokens.observe(answered.most_tokens)
+        self._num_choices.observe(answered.num_choices)
+        self._preempted.observe(answered.num_preemptions)
+        num_computed = answered.num_prompt_tokens - answered.num_cached_tokens
+        self._prefilled.observe(num_computed)
+        self._computed_prompt_tokens.inc(num_computed)
+        for found in (self._found_prompt_tokens, self._cached_prompt_tokens, self._found_prompt_tokens_again):
+            found.inc(answered.num_cached_tokens)
 
     def on_step(self, stats: SchedulerStats, *, num_tokens: int) -> None:
         """A step ended, or an idle moment (EngineObserver)."""
@@ -166,6 +220,7 @@ class Metrics:
             self._step_tokens.observe(num_tokens)
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
+        self._waiting_for_room.set(stats.num_waiting)
         self._kv_usage.set(stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0)
         num_slots = stats.num_used_blocks * self._block_size
         self._kv_waste.set(1 - stats.num_used_slots / num_slots if num_slots else 0.0)
@@ -180,6 +235,10 @@ class Metrics:
         """A request ended, so many seconds after it came in."""
         self._finished[reason].inc()
         self._request.observe(seconds)
+
+    def on_tools_looked_for(self, count: int) -> None:
+        """Calls of tools are looked for in so many answers."""
+        self._tool_parses.inc(count)
 
     def on_rejected(self, reason: RejectionReason) -> None:
         """A request for generation was not let in."""
@@ -197,13 +256,21 @@ class Metrics:
             "block_size": str(facts.block_size),
             "num_gpu_blocks": str(facts.num_blocks),  # vLLM's name, on the CPU too
             "cache_dtype": facts.cache_dtype,
+            "kv_cache_size_tokens": str(facts.num_blocks * facts.block_size),
+            "kv_cache_max_concurrency": f"{facts.num_blocks * facts.block_size / facts.max_model_len:.2f}",
         }
         gauge = Gauge("vllm:cache_config_info", "The KV cache.", [*self._labels, *info], registry=self._registry)
         gauge.labels(**self._labels, **info).set(1)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        text = generate_latest(self._registry)
+        return text + _renamed(text) if self._old_names else text
+
+    def _by(self, name: str, documentation: str, kind: type[_Kind], label: str) -> Callable[[str], _Kind]:
+        """A family with a label of its own; the result gives the series of a value, which is there from then on."""
+        family = kind(name, documentation, [*self._labels, label], registry=self._registry)
+        return lambda value: family.labels(**self._labels, **{label: value})
 
     def _gauge(self, name: str, documentation: str) -> Gauge:
         return Gauge(name, documentation, list(self._labels), registry=self._registry).labels(**self._labels)
@@ -215,3 +282,26 @@ class Metrics:
         return Histogram(name, documentation, list(self._labels), buckets=buckets, registry=self._registry).labels(
             **self._labels
         )
+
+
+def _http_metrics(registry: CollectorRegistry) -> tuple[Counter, Histogram]:
+    """Those of prometheus-fastapi-instrumentator, which vLLM serves beside its own: answers, and their seconds."""
+    answers = Counter(
+        "http_requests", "Answers by route and class of status.", ["handler", "method", "status"], registry=registry
+    )
+    seconds = Histogram(
+        "http_request_duration_seconds",
+        "From a request's head to the last byte of its answer.",
+        ["handler", "method"],
+        buckets=_HTTP_BUCKETS,
+        registry=registry,
+    )
+    return answers, seconds
+
+
+def _renamed(text: bytes) -> bytes:
+    """The families of OLD_NAMES once more, under these."""
+    names = "|".join(map(re.escape, OLD_NAMES))
+    found = re.compile(rf"^(# \w+ )?({names})(?=[_ {{])(?!_by)", re.MULTILINE)
+    lines = (line for line in text.decode().splitlines(keepends=True) if found.match(line))
+    return "".join(found.sub(lambda match: (match[1] or "") + OLD_NAMES[match[2]], line) for line in lines).encode()

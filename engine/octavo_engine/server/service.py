@@ -67,7 +67,7 @@ class Service:
 
     def __init__(self, config: ServerConfig, location: Location, hub: Hub, spawn: Spawn = transport.spawn) -> None:
         self.config = config
-        self.metrics = Metrics(config.engine.served_model_names[0])
+        self.metrics = Metrics(config.engine.served_model_names[0], old_names=config.old_metrics)
         self.draining = False
         self.location = location
         self._hub = hub

@@ -68,6 +68,8 @@ async def begin_chat(body: ChatCompletionRequest, service: Service, request_id: 
     wanted = body.max_completion_tokens
     param = "max_tokens" if wanted is None else "max_completion_tokens"
     max_tokens = model.resolve_max_tokens(len(prompt), body.max_tokens if wanted is None else wanted, param)
+    if choice is not None:
+        service.metrics.on_tools_looked_for(body.n or 1)
     form = replace(model.message_format(prompt, choice), tells_thoughts=body.include_reasoning is not False)
     grammar = await service.grammar(_wanted_of_chat(body, model, choice, form))
     generation = _generation(model, body, request_id, prompt, max_tokens, grammar=grammar)
