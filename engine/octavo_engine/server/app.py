@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import octavo_engine
-from octavo_engine.server import envelope, health
+from octavo_engine.server import envelope, health, openapi
 from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
 from octavo_engine.server.ollama import routes as ollama
 from octavo_engine.server.openai import embeddings, responses, routes, tokens
@@ -50,8 +50,10 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(ollama.router)
     envelope.install(app)
     config = service.config
-    if keys := ApiKeys(config.api_key, config.api_key_file):
-        open_paths = frozenset[str]() if config.api_key_for_all else OPEN_PATHS
+    keys = ApiKeys(config.api_key, config.api_key_file)
+    open_paths = frozenset[str]() if config.api_key_for_all else OPEN_PATHS
+    openapi.install(app, has_keys=bool(keys), open_paths=open_paths)
+    if keys:
         app.add_middleware(RequireApiKey, keys=keys, open_paths=open_paths)
     if config.allowed_origins:  # around the keys: a browser asks whether it may call before it sends one
         app.add_middleware(

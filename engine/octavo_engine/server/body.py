@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -17,6 +17,7 @@ class Neutral:
     accepts: Callable[[object], bool]
     values: str  # what is accepted besides null, as JSON; empty: nothing is
     instead: str  # the way out for who asks for more; may be empty
+    schema: Mapping[str, Any]  # the same as a JSON schema
 
 
 def only(*values: object, instead: str = "") -> Neutral:
@@ -27,13 +28,26 @@ def only(*values: object, instead: str = "") -> Neutral:
         ),
         ", ".join(json.dumps(value) for value in values),
         instead,
+        {"enum": [None, *values]},
     )
 
 
 def of_kind(kind: type) -> Neutral:
     """Accept whatever is of this type."""
     names = {dict: "any object", str: "any string", bool: "true, false"}
-    return Neutral(lambda value: isinstance(value, kind), names.get(kind, f"any {kind.__name__}"), "")
+    types = {dict: "object", str: "string", bool: "boolean"}
+    return Neutral(lambda value: isinstance(value, kind), names[kind], "", {"type": [types[kind], "null"]})
+
+
+def describing(neutral: Mapping[str, Neutral]) -> Callable[[dict[str, Any]], None]:
+    """Return what adds fields that ask for nothing to the JSON schema of a body (pydantic's json_schema_extra)."""
+
+    def describe(schema: dict[str, Any]) -> None:
+        for name, field in neutral.items():
+            told = f"accepted, and asks for nothing{'; instead: ' if field.instead else ''}{field.instead}"
+            schema["properties"].setdefault(name, {**field.schema, "description": told})
+
+    return describe
 
 
 def without_neutral(body: object, neutral: Mapping[str, Neutral]) -> object:

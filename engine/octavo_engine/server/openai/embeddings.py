@@ -12,10 +12,10 @@ from typing import Any, Final, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 from starlette.requests import Request
 
-from octavo_engine.server.body import Neutral, Strict, of_kind, only, without_neutral
+from octavo_engine.server.body import Neutral, Strict, describing, of_kind, only, without_neutral
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
 from octavo_engine.server.openai.protocol import Prompts
@@ -33,6 +33,8 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
 
 class EmbeddingRequest(Strict):
     """The body of POST /v1/embeddings."""
+
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_FIELDS))
 
     model: str
     input: Prompts

@@ -9,11 +9,11 @@ priority and continuous_usage_stats are vLLM's.
 
 from typing import Annotated, Any, Final, Literal, Self, TypeGuard
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.plan import SamplingParams
-from octavo_engine.server.body import Strict, Text, refuse_surrogates, without_neutral
+from octavo_engine.server.body import Strict, Text, describing, refuse_surrogates, without_neutral
 from octavo_engine.server.openai.fields import NEUTRAL_FIELDS, NEUTRAL_MESSAGE_FIELDS
 from octavo_engine.server.openai.structured import ResponseFormat, StructuredOutputs
 from octavo_engine.server.openai.tools import MAX_TOOLS, ChosenTools, NamedTool, ToolCall, ToolDefinition
@@ -30,6 +30,31 @@ _MAX_PROMPTS: Final = 1024
 _MAX_CHOICES: Final = 128  # OpenAI's limit
 _MAX_BIASED_TOKENS: Final = 1024
 _MAX_TOP_LOGPROBS: Final = 20  # OpenAI's limit for chats; vLLM's for both
+
+
+# Bodies may have these in several forms; here are the JSON schemas of what is taken.
+_TEXT_PART: Final = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT: Final = {"type": ["string", "array", "null"], "items": _TEXT_PART}
+_STOP: Final = {
+    "type": ["string", "array", "null"],
+    "minLength": 1,
+    "maxLength": _MAX_STOP_CHARACTERS,
+    "items": {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_CHARACTERS},
+    "maxItems": _MAX_STOP_STRINGS,
+}
+_TOKEN_IDS: Final = {"type": "array", "items": {"type": "integer"}}
+_PROMPTS: Final = {
+    "anyOf": [
+        {"type": "string"},
+        _TOKEN_IDS,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}, "maxItems": _MAX_PROMPTS},
+    ]
+}
 
 
 def _joined_text(content: object) -> object:
@@ -52,8 +77,10 @@ def _joined_text(content: object) -> object:
 class ChatMessage(Strict):
     """One message of a conversation."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_MESSAGE_FIELDS))
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text | None, BeforeValidator(_joined_text)] = None
+    content: Annotated[Text | None, BeforeValidator(_joined_text), WithJsonSchema(_CONTENT)] = None
     name: Text | None = None  # for templates that show it
     reasoning_content: Text | None = None  # what the model thought before an answer of before
     tool_calls: list[ToolCall] | None = None  # that the model made
@@ -109,6 +136,8 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 class _GenerationBody(Strict):
     """What both endpoints have in common."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_FIELDS))
+
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -132,7 +161,9 @@ class _GenerationBody(Strict):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        Annotated[list[_StopString], Field(max_length=_MAX_STOP_STRINGS)] | None, BeforeValidator(_as_list)
+        Annotated[list[_StopString], Field(max_length=_MAX_STOP_STRINGS)] | None,
+        BeforeValidator(_as_list),
+        WithJsonSchema(_STOP),
     ] = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -308,7 +339,7 @@ def _as_prompt(prompt: object) -> str | list[int]:
     raise RequestInvalid("it must be a string, a list of token ids, or a list of these")
 
 
-Prompts = Annotated[Any, AfterValidator(_as_prompts)]  # list[str | list[int]]
+Prompts = Annotated[Any, AfterValidator(_as_prompts), WithJsonSchema(_PROMPTS)]  # list[str | list[int]]
 
 
 class CompletionRequest(_GenerationBody):

@@ -7,10 +7,19 @@ fields, items and their meanings: OpenAI's API reference, "Responses".
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from octavo_engine.errors import RequestInvalid
-from octavo_engine.server.body import Neutral, Strict, Text, of_kind, only, refuse_surrogates, without_neutral
+from octavo_engine.server.body import (
+    Neutral,
+    Strict,
+    Text,
+    describing,
+    of_kind,
+    only,
+    refuse_surrogates,
+    without_neutral,
+)
 from octavo_engine.server.openai.protocol import ChatCompletionRequest
 from octavo_engine.server.openai.structured import JsonSchema
 from octavo_engine.server.openai.tools import MAX_TOOLS, FunctionDefinition, ToolName
@@ -96,6 +105,9 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+_INPUT: Final = {"type": ["string", "array"], "items": {"type": "object"}, "minItems": 1}
+
+
 def _as_messages(given: object) -> list[dict[str, Any]]:
     """Return the items of an input as messages of a chat."""
     if isinstance(given, str):
@@ -173,8 +185,10 @@ def _parts(item: Mapping[str, Any], name: str) -> str:
 class ResponsesRequest(Strict):
     """The body of POST /v1/responses."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_FIELDS))
+
     model: str
-    input: Annotated[Any, AfterValidator(_as_messages)]  # the messages of a chat, from here on
+    input: Annotated[Any, AfterValidator(_as_messages), WithJsonSchema(_INPUT)]  # from here on messages of a chat
     instructions: Text | None = None  # a system message before all others
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.server.body import Strict, Text
@@ -42,7 +42,8 @@ class DetokenizeRequest(Strict):
     """Tokens to read."""
 
     model: str | None = None
-    tokens: Annotated[Any, AfterValidator(_token_ids)]  # list[int]; pydantic is slow at telling what is wrong in it
+    # list[int]; pydantic is slow at telling what is wrong in it
+    tokens: Annotated[Any, AfterValidator(_token_ids), WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
 
 
 @router.post("/tokenize")
