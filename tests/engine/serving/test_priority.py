@@ -38,7 +38,7 @@ async def test_of_requests_that_wait_the_one_with_the_lower_priority_goes_first(
     ready: httpx.AsyncClient, engine: FakeEngine, eventually: Eventually, service: Service
 ) -> None:
     engine.steps.clear()
-    tasks = []
+    tasks: list[asyncio.Task[httpx.Response]] = []
 
     async def all_are_there() -> bool:
         return service.num_admitted == len(tasks) and engine.num_steps == 1
