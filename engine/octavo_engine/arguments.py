@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import octavo_engine
-from octavo_engine.config import Device, DType, EngineConfig, Quantization, SchedulingPolicy, ServerConfig
+from octavo_engine.config import (
+    Device,
+    DType,
+    EngineConfig,
+    LogFormat,
+    Quantization,
+    SchedulingPolicy,
+    ServerConfig,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -191,6 +199,18 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="write prompts of chats as this file's jinja2 template does (default: as the model's own does)",
+    )
+    group.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        default=_DEFAULTS["log_format"],
+        help="of what is written to standard error; json: one object a line (default: %(default)s)",
+    )
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send traces of requests to this collector by OTLP, such as http://localhost:4318/v1/traces; needs "
+        "octavo[otel] (default: no traces)",
     )
     group.add_argument(
         "--old-metrics",

@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from octavo_engine import logs
 from octavo_engine.arguments import build_parser
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.errors import ConfigError, EngineDead, ModelfileInvalid, SourceUnreachable, UserError
@@ -41,7 +42,7 @@ _MAX_TERMINATION_BYTES: Final = 4096  # what Kubernetes keeps of a termination m
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 done, 1 it could not be done, 2 the command line is wrong."""
     options = build_parser(_COMMANDS).parse_args(arguments)
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(options.log_level, getattr(options, "log_format", "text"))
     logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it writes a line for each request
     try:
         options.command(options)
@@ -76,6 +77,7 @@ def _serve(options: argparse.Namespace) -> None:
         api_key_file=options.api_key_file,
         api_key_for_all=options.api_key_for_all,
         allowed_origins=options.allowed_origins,
+        otlp_traces_endpoint=options.otlp_traces_endpoint,
         old_metrics=options.old_metrics,
         chat_template=options.chat_template,
         ssl_keyfile=options.ssl_keyfile,

@@ -14,6 +14,7 @@ from octavo_engine.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+LogFormat = Literal["text", "json"]
 Quantization = Literal["auto", "none"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -40,6 +41,7 @@ class EngineConfig:
     gpu_memory_utilization: float | None = None  # share of a GPU's memory to use in all; None: 0.9; not for a CPU
     enable_prefix_caching: bool = True  # keep KV of ended requests while memory lasts, for prompts that begin alike
     deterministic: bool = False  # a request's tokens may not depend on the other requests; refused where they would
+    log_format: LogFormat = "text"  # of the lines that this process writes while it runs
     seed: int = 0  # seeds the sampling of requests that bring no seed of their own
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class ServerConfig:
     api_key_file: Path | None = None  # one key a line; read again when it changes. No keys at all: none is needed
     api_key_for_all: bool = False  # /health, /ready, /metrics and /version need a key too
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call this server (CORS); "*": any
+    otlp_traces_endpoint: str | None = None  # address of a collector of traces (OTLP over HTTP); None: no traces
     old_metrics: bool = False  # /metrics has vLLM's older names too
     chat_template: Path | None = None  # a file with a template in jinja2; None: the model's own
     ssl_keyfile: Path | None = None  # PEM, like the other two; with ssl_certfile: HTTPS

@@ -19,6 +19,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+from octavo_engine import logs
 from octavo_engine.errors import PeerGone, RequestInvalid, UserError
 from octavo_engine.messages import (
     AbortRequest,
@@ -208,10 +209,11 @@ def main(arguments: list[str], load: LoadRunner = load_model) -> int:
     """The engine process from its two arguments on: the socket's file descriptor and the configuration as JSON."""
     bind_to_parent(b"octavo-engine")
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    fd, config = arguments
+    fd, text = arguments
+    config = config_from_json(text)
+    logs.configure(logging.INFO, config.log_format)
     channel = EngineChannel(socket.socket(fileno=int(fd)))
-    return run_engine(channel, config_from_json(config), load)
+    return run_engine(channel, config, load)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
     "--host": ("0.0.0.0", "127.0.0.1", "127.0.0.1", {}),  # noqa: S104 - the default is what is tested
     "--port": (8000, "0", 0, {"70000": "not a whole number from 0 to 65535", "x": "not a whole number"}),
     "--served-model-name": (None, "org/m", ["org/m"], {}),
+    "--log-format": ("text", "json", "json", {"xml": "invalid choice: 'xml'"}),
+    "--otlp-traces-endpoint": (None, "http://c:4318/v1/traces", "http://c:4318/v1/traces", {}),
     "--old-metrics": (False, None, True, {}),
     "--chat-template": (None, "t.jinja", Path("t.jinja"), {}),
     "--max-num-queued-reqs": (None, "0", 0, {"-1": "not a whole number of at least 0"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import uuid
@@ -13,11 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import octavo_engine
+from octavo_engine.logs import HTTP_REQUEST_ID
 from octavo_engine.server import envelope, health, openapi
 from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
 from octavo_engine.server.ollama import routes as ollama
 from octavo_engine.server.openai import embeddings, responses, routes, tokens
-from octavo_engine.server.service import HTTP_REQUEST_ID
+from octavo_engine.server.tracing import Tracing, tell
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -63,7 +65,10 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
-    app.add_middleware(_EveryRequest, service=service)
+    tracing = Tracing.to_collector(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
+    if tracing is not None:
+        service.on_close.append(tracing.close)
+    app.add_middleware(_EveryRequest, service=service, tracing=tracing)
     return app
 
 
@@ -73,9 +78,10 @@ class _EveryRequest:
     Counts each response by its route, method and status.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing | None = None) -> None:
         self._app = app
         self._service = service
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -100,10 +106,16 @@ class _EveryRequest:
                     headers["Connection"] = "close"
             await send(message)
 
-        try:
-            await self._answer(scope, receive, send_with_headers)
-        finally:
-            self._count(scope, status, time.monotonic() - began)
+        with contextlib.ExitStack() as stack:
+            span = None
+            if self._tracing is not None and scope["path"] not in _UNCOUNTED:
+                span = stack.enter_context(self._tracing.request(_method(scope), Headers(scope=scope)))
+            try:
+                await self._answer(scope, receive, send_with_headers)
+            finally:
+                self._count(scope, status, time.monotonic() - began)
+                if span is not None:
+                    tell(span, _handler(scope), _method(scope), status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._service.draining:
@@ -118,11 +130,19 @@ class _EveryRequest:
             await self._app(scope, receive, send)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        handler = getattr(scope.get("route"), "path", "none")  # the route's, with names for its parts
+        handler = _handler(scope)
         if handler in _UNCOUNTED:
             return
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._service.metrics.on_response(handler=handler, method=method, status=status, seconds=seconds)
+        self._service.metrics.on_response(handler=handler, method=_method(scope), status=status, seconds=seconds)
+
+
+def _handler(scope: Scope) -> str:
+    """The route's path, with names for its parts."""
+    return getattr(scope.get("route"), "path", "none")
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in _METHODS else "other"
 
 
 def _bounded(receive: Receive) -> Receive:

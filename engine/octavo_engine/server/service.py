@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import math
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +19,7 @@ from octavo_engine import transport
 from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDead, GenerationFailed, NotServing, RequestInvalid
 from octavo_engine.generation import LanguageModel, TextModel
+from octavo_engine.logs import HTTP_REQUEST_ID
 from octavo_engine.server.metrics import FinishedReason, Metrics
 from octavo_engine.store.pull import pull
 from octavo_engine.structured.checker import GrammarChecker
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     Admit = Callable[[int], None]  # raises NotServing
 
-HTTP_REQUEST_ID: Final[ContextVar[str]] = ContextVar("HTTP_REQUEST_ID", default="-")  # of the request being answered
 RETRY_SECONDS: Final = 5  # what clients are told when another moment, or another replica, will do
 _DRAIN_POLL_SECONDS: Final = 0.1
 
@@ -69,6 +68,7 @@ class Service:
         self.config = config
         self.metrics = Metrics(config.engine.served_model_names[0], old_names=config.old_metrics)
         self.draining = False
+        self.on_close: list[Callable[[], None]] = []  # for what takes part in this service's life
         self.location = location
         self._hub = hub
         self._spawn = spawn
@@ -313,6 +313,8 @@ class Service:
         await self._grammars.close()
         if self._client is not None:
             await self._client.close()
+        for close in self.on_close:
+            await asyncio.to_thread(close)
 
     def _on_download(self, done: int, total: int | None) -> None:
         before, percent = self._starting, _percent(done, total)
