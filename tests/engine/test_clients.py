@@ -38,7 +38,7 @@ WRITTEN: Final[dict[str, list[list[str]]]] = {
     "ollama-node.md": [["Paris", "Paris"]],
     "ollama-python.md": [["Paris", "Paris"], [CITY]],
     "openai-node.md": [["Paris", "Paris"], [WEATHER]],
-    "openai-python.md": [["Paris", "Paris"], ["Paris", "Madrid"], [WEATHER, r"\w"], [CITY]],
+    "openai-python.md": [["Paris", "Paris"], ["Paris", "Madrid"], [WEATHER, r"\w"], [CITY], ["Paris", "576 True"]],
 }
 
 
