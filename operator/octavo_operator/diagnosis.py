@@ -309,7 +309,7 @@ def _message_of_ours(text: str) -> Json:
     """The JSON that `octavo pull` and `octavo serve` leave behind in /dev/termination-log, or nothing."""
     try:
         message = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a container may leave anything
         return {}
     return message if isinstance(message, dict) else {}
 

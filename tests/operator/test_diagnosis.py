@@ -176,6 +176,12 @@ def test_a_volume_that_cannot_be_mounted_is_told_by_events_alone(note: str, reas
     assert told(diagnose(stuck, of)) == ("False", reason, f"1 of 2 pods cannot start: {text}")
 
 
+@pytest.mark.parametrize("message", ["[" * 4096, '{"a":' * 800, "{}", '{"reason": 1}', '{"reason": "no word"}'])
+def test_a_container_may_leave_any_message_behind(message: str) -> None:
+    state = {"terminated": {"exitCode": 1, "reason": "Error", "message": message}}
+    assert told(diagnose(pod(engine=state), service()))[1] == "ContainerCrashed"
+
+
 LOGIN: Final = (
     "its registry wants a login, or does not have it: name a Secret with the login in spec.pod.imagePullSecrets"
 )

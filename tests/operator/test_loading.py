@@ -33,6 +33,7 @@ RUNNING: Json = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
         (b'["done", "total"]', None),
         (b"<html>", None),
         (b"\xff", None),
+        (b"[" * loading.ANSWER_BYTES, None),
         (b"", None),
     ],
 )
