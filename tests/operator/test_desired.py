@@ -148,11 +148,13 @@ def test_the_init_container_takes_no_gpu() -> None:
 
 
 def test_only_ranks_that_talk_to_each_other_get_shared_memory() -> None:
-    def volumes(count: int) -> list[str]:
-        return [volume["name"] for volume in pod(accelerator={"type": "nvidia", "count": count})["volumes"]]
+    def volumes(count: int) -> dict[str, Manifest]:
+        found = pod(accelerator={"type": "nvidia", "count": count})["volumes"]
+        return {volume["name"]: volume for volume in found}
 
     assert "shm" not in volumes(1)
-    assert "shm" in volumes(2)
+    assert volumes(2)["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "2Gi"}
+    assert volumes(8)["shm"]["emptyDir"]["sizeLimit"] == "8Gi"
 
 
 def test_on_cpu_nothing_speaks_of_gpus() -> None:

@@ -29,6 +29,7 @@ STARTUP_PERIOD_SECONDS: Final = 2
 STARTUP_BUDGET_SECONDS: Final = 300  # until the server answers; it answers long before the model is loaded
 PROGRESS_DEADLINE_SECONDS: Final = 1800  # what pulls or loads is not held to it: status.py
 OLD_REPLICA_SETS: Final = 3
+SHM_GIB_PER_GPU: Final = 1  # where ranks exchange through memory; a bound, so that a leak there does not eat the node
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ def _pod_template(service: InferenceService, image: str) -> Manifest:
     if spec.endpoint.api_key_secret is not None:
         volumes.append(_key_volume(spec.endpoint.api_key_secret))
     if spec.accelerator.tensor_parallel_size > 1:
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+        size = f"{SHM_GIB_PER_GPU * spec.accelerator.tensor_parallel_size}Gi"
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
     pod_spec: Manifest = {
         "serviceAccountName": names.service_account(service.name),
         "automountServiceAccountToken": False,
