@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +22,7 @@ import openai
 import pytest
 
 from octavo_cluster import product, storage
+from octavo_cluster.playground import http_client
 from octavo_cluster.shell import wait_until
 from octavo_cluster.workspace import Workspace
 
@@ -35,10 +38,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 Json = dict[str, Any]
 
 PRE_STOP_SECONDS: Final = 5.0  # a pod that is to end serves on for so long before it is told
-STREAM_SECONDS: Final = 20.0  # a stream of so long is still running when the pod is told, also if it gets faster
 STARVED_SECONDS: Final = 12.0  # for so long the rollout has waited for a free GPU when the streams begin
 PATIENCE_SECONDS: Final = 240.0  # on two busy cores
-SERVICES: Final = ("rolled", "deleted", "drained")
+STREAMS: Final = {"rolled": 40.0, "deleted": 20.0, "drained": 20.0}  # seconds, by service; twice what is needed
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Story:
     """What became of the three services."""
 
     where: Workspace
+    api: Api
     heard: dict[str, Heard]  # by service
     asked: dict[str, int]  # tokens
     told: dict[str, float]  # when the pod that was answering was told to end
@@ -108,56 +111,81 @@ class Story:
     fewest_ready: int  # pods of the drained service
 
 
-def names_of(where: Workspace, service: str) -> set[str]:
-    return {pod["metadata"]["name"] for pod in where.pods(service)}
+class Api:
+    """The cluster's API server, asked directly: to start kubectl takes seconds on a busy machine."""
 
+    def __init__(self, where: Workspace, folder: Path) -> None:
+        self._http = http_client(where.cluster.kubeconfig, folder)
+        self._namespace = where.name
 
-def ready_pods(where: Workspace, service: str) -> int:
-    deployment = where.get("deployment", service)
-    return 0 if deployment is None else int(deployment["status"].get("readyReplicas", 0))
+    def pods(self, service: str) -> list[Json]:
+        """The engine's pods of a service."""
+        path = f"/api/v1/namespaces/{self._namespace}/pods"
+        answer = self._http.get(path, params={"labelSelector": f"serving.octavo.dev/service={service}"})
+        pods: list[Json] = answer.raise_for_status().json()["items"]
+        return pods
 
+    def names(self, service: str) -> set[str]:
+        """The names of these pods."""
+        return {pod["metadata"]["name"] for pod in self.pods(service)}
 
-def going(where: Workspace, service: str) -> bool:
-    return any("deletionTimestamp" in pod["metadata"] for pod in where.pods(service))
+    def delete(self, pod: str) -> None:
+        """Delete a pod, as `kubectl delete pod` does."""
+        self._http.delete(f"/api/v1/namespaces/{self._namespace}/pods/{pod}").raise_for_status()
+
+    def ready(self, service: str) -> int:
+        """How many pods of a service are ready."""
+        path = f"/apis/apps/v1/namespaces/{self._namespace}/deployments/{service}"
+        return int(self._http.get(path).raise_for_status().json()["status"].get("readyReplicas", 0))
+
+    def rollout(self, service: str) -> Json:
+        """status.rollout."""
+        path = f"/apis/serving.octavo.dev/v1alpha1/namespaces/{self._namespace}/inferenceservices/{service}"
+        found: Json = self._http.get(path).raise_for_status().json()["status"]["rollout"]
+        return found
 
 
 class Watch:
     """What is seen from outside while the pods end."""
 
-    def __init__(self, where: Workspace) -> None:
+    def __init__(self, where: Workspace, api: Api) -> None:
         self._where = where
+        self._api = api
+        self._over = Event()
         self._cordoned = True  # the drain does that first
         self.told: dict[str, float] = {}
         self.rollout: Json = {}
         self.fewest_ready = 2
 
-    def until(self, draining: Future[CompletedProcess[str]]) -> None:
-        """Look until the drain is over and a pod of each service has been told to end."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (draining.done() and len(self.told) == len(SERVICES)) and time.monotonic() < deadline:
+    def run(self) -> None:
+        """Look until `end`."""
+        while not self._over.wait(0.1):
             self._look()
-            time.sleep(0.3)  # between two looks
+
+    def end(self) -> None:
+        """Let `run` end."""
+        self._over.set()
 
     def _look(self) -> None:
-        for service in SERVICES:
-            if service not in self.told and going(self._where, service):
+        for service in STREAMS:
+            if service not in self.told and any("deletionTimestamp" in p["metadata"] for p in self._api.pods(service)):
                 self.told[service] = time.time()
-        if self._cordoned and "drained" in self.told:  # from here on there is a node for the successors
-            self._where.cluster.kubectl("uncordon", self._where.cluster.node)
-            self._cordoned = False
         if "drained" in self.told:
-            self.fewest_ready = min(self.fewest_ready, ready_pods(self._where, "drained"))
-        status = (self._where.get("inferenceservice", "rolled") or {}).get("status", {})
-        if status.get("rollout", {}).get("strategy") == "replace":
-            self.rollout = status["rollout"]
+            if self._cordoned:  # from here on there is a node for the successors
+                self._where.cluster.kubectl("uncordon", self._where.cluster.node)
+                self._cordoned = False
+            self.fewest_ready = min(self.fewest_ready, self._api.ready("drained"))
+        rollout = self._api.rollout("rolled")
+        if rollout["strategy"] == "replace":
+            self.rollout = rollout
 
 
-def starve(where: Workspace) -> None:
+def starve(where: Workspace, api: Api) -> None:
     """Begin a rollout, and wait until its new pod has waited for a GPU for a while."""
     where.patch("rolled", {"engine": {"maxNumSeqs": 8}})
 
     def missing() -> str | None:
-        conditions = [each for pod in where.pods("rolled") for each in pod["status"].get("conditions", ())]
+        conditions = [each for pod in api.pods("rolled") for each in pod["status"].get("conditions", ())]
         waits = [each for each in conditions if each["type"] == "PodScheduled" and each["status"] == "False"]
         since = min((datetime.fromisoformat(each["lastTransitionTime"]) for each in waits), default=None)
         seconds = 0.0 if since is None else (datetime.now(UTC) - since).total_seconds()
@@ -174,8 +202,8 @@ def drain(where: Workspace) -> CompletedProcess[str]:
 
 
 @contextmanager
-def unfolding(cluster: Cluster, engine: Image, name: str, seconds: float) -> Iterator[Story]:
-    """In a namespace of its own, three services that answer for about so long while their pods end."""
+def unfolding(cluster: Cluster, engine: Image, name: str, streams: dict[str, float]) -> Iterator[Story]:
+    """In a namespace of its own, three services that answer, each for about so long, while their pods end."""
     where = Workspace(cluster, name, engine)
     product.make_namespace(cluster, name)
     storage.pretend_gpus(cluster, 1)
@@ -183,24 +211,30 @@ def unfolding(cluster: Cluster, engine: Image, name: str, seconds: float) -> Ite
     drains = {"rollout": {"drainSeconds": 240}}
     on_gpu = {"accelerator": {"type": "nvidia", "count": 1}, "engine": {"device": "cpu"}}
     where.apply_all({"rolled": {**on_gpu, **drains}, "deleted": drains, "drained": {"replicas": 2, **drains}})
-    for service in SERVICES:
+    for service in STREAMS:
         where.await_ready(service)
-    with ThreadPoolExecutor() as pool:
-        clients = {service: Client(where, service) for service in SERVICES}
+    with ThreadPoolExecutor() as pool, TemporaryDirectory() as folder:
+        api = Api(where, Path(folder))
+        clients = {service: Client(where, service) for service in streams}
         wait([pool.submit(client.measure) for client in clients.values()])  # at once, as they will stream
-        starve(where)
-        streams = {service: pool.submit(client.stream, seconds) for service, client in clients.items()}
+        watch = Watch(where, api)
+        watching = pool.submit(watch.run)
+        starve(where, api)
+        (answering,) = api.names("deleted")
+        heard = {service: pool.submit(clients[service].stream, seconds) for service, seconds in streams.items()}
         for client in clients.values():
             assert client.begun.wait(60)
-        where.kubectl("delete", "pod", *names_of(where, "deleted"), "--wait=false")
+        api.delete(answering)
         draining = pool.submit(drain, where)
-        watch = Watch(where)
-        watch.until(draining)
-        wait(streams.values(), timeout=PATIENCE_SECONDS)
+        wait([draining], timeout=PATIENCE_SECONDS)
+        wait(heard.values(), timeout=PATIENCE_SECONDS)
+        watch.end()
+        watching.result()
         cluster.kubectl("uncordon", cluster.node)
         yield Story(
             where=where,
-            heard={service: stream.result(0) for service, stream in streams.items()},
+            api=api,
+            heard={service: listening.result(0) for service, listening in heard.items()},
             asked={service: client.asked for service, client in clients.items()},
             told=watch.told,
             rollout=watch.rollout,
@@ -213,7 +247,7 @@ def unfolding(cluster: Cluster, engine: Image, name: str, seconds: float) -> Ite
 @pytest.fixture(scope="module")
 def story(operator_installed: Cluster, product_images: tuple[Image, Image]) -> Iterator[Story]:
     """The three services, with streams that are as short as they may be."""
-    with unfolding(operator_installed, product_images[1], "e2e-rollouts", STREAM_SECONDS) as told:
+    with unfolding(operator_installed, product_images[1], "e2e-rollouts", STREAMS) as told:
         yield told
 
 
@@ -225,7 +259,7 @@ def assert_finished(story: Story, service: str) -> None:
         assert heard.ended > story.told[service] + PRE_STOP_SECONDS, "the stream was too short to show anything"
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", STREAMS)
 def test_a_stream_in_flight_is_finished_by_a_pod_that_is_told_to_end(story: Story, service: str) -> None:
     assert_finished(story, service)
 
@@ -234,8 +268,8 @@ def test_a_stream_in_flight_is_finished_by_a_pod_that_is_told_to_end(story: Stor
 def test_a_stream_of_a_minute_survives_a_rollout_a_deletion_and_a_drain(
     operator_installed: Cluster, product_images: tuple[Image, Image]
 ) -> None:
-    with unfolding(operator_installed, product_images[1], "e2e-rollouts-long", 60.0) as story:
-        for service in SERVICES:
+    with unfolding(operator_installed, product_images[1], "e2e-rollouts-long", dict.fromkeys(STREAMS, 60.0)) as story:
+        for service in STREAMS:
             assert_finished(story, service)
 
 
@@ -260,6 +294,6 @@ def test_a_suspended_service_has_no_pod_and_one_that_is_resumed_serves(story: St
     story.where.await_ready("deleted")
     story.where.patch("deleted", {"replicas": 0})
     story.where.await_condition("deleted", lambda condition: condition["reason"] == "Suspended", "Suspended")
-    wait_until(lambda: ", ".join(names_of(story.where, "deleted")) or None, what="its pod's end", seconds=60, poll=0.5)
+    wait_until(lambda: ", ".join(story.api.names("deleted")) or None, what="its pod's end", seconds=60, poll=0.5)
     story.where.kubectl("scale", "inferenceservice", "deleted", "--replicas=1")
     story.where.await_ready("deleted")

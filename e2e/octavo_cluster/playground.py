@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import httpx
+import yaml
 
 from octavo_cluster.apiserver import ApiServer
 from octavo_cluster.shell import wait_until
@@ -222,7 +223,7 @@ def eventually(
 
 def http_client(kubeconfig: Path, folder: Path) -> httpx.Client:
     """A plain client of the API server; `folder` gets the certificates, which have to be files."""
-    document = json.loads(kubeconfig.read_text())
+    document = yaml.safe_load(kubeconfig.read_text())
     user, cluster = document["users"][0]["user"], document["clusters"][0]["cluster"]
     parts = {
         "ca": cluster["certificate-authority-data"],
