@@ -40,7 +40,7 @@ Json = dict[str, Any]
 PRE_STOP_SECONDS: Final = 5.0  # a pod that is to end serves on for so long before it is told
 STARVED_SECONDS: Final = 12.0  # for so long the rollout has waited for a free GPU when the streams begin
 PATIENCE_SECONDS: Final = 240.0  # on two busy cores
-STREAMS: Final = {"rolled": 40.0, "deleted": 20.0, "drained": 20.0}  # seconds, by service; twice what is needed
+STREAMS: Final = {"rolled": 30.0, "deleted": 15.0, "drained": 15.0}  # seconds, by service; twice what is needed
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Heard:
 
     num_tokens: int
     finish_reason: str | None
-    ended: float  # time.time()
+    began: float  # its first token, time.time()
+    ended: float  # its last
 
 
 class Client:
@@ -64,10 +65,8 @@ class Client:
 
     def measure(self) -> None:
         """See how fast the tokens come."""
-        self._listen(16)
-        began = time.monotonic()
-        self._listen(64)
-        self._rate = 64 / (time.monotonic() - began)
+        heard = self._listen(64)
+        self._rate = 64 / (heard.ended - heard.began)
         self.begun.clear()
 
     def stream(self, seconds: float) -> Heard:
@@ -80,7 +79,7 @@ class Client:
             self._where.cluster.reach(self._where.name, self._service) as url,
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client,
         ):
-            usage, reason = None, None
+            usage, reason, began = None, None, 0.0
             stream = client.completions.create(
                 model=self._service,
                 prompt="The octopus is",
@@ -91,10 +90,11 @@ class Client:
             )
             for chunk in stream:
                 self.begun.set()
+                began = began or time.time()
                 usage = chunk.usage or usage
                 reason = next((each.finish_reason for each in chunk.choices if each.finish_reason), reason)
         assert usage is not None
-        return Heard(usage.completion_tokens, reason, time.time())
+        return Heard(usage.completion_tokens, reason, began, time.time())
 
 
 @dataclass(frozen=True)
