@@ -86,6 +86,7 @@ MIDDLE_PART: Final = f"""
 FP8 (e4m3) is multiplied by tensor cores from 8.9 on; on 8.0 and 8.6 the codes of inputs and weights are decoded to
 float16 and multiplied so, the same numbers at half the rate. An FP8 KV cache is decoded by integer arithmetic on all.
 Head sizes are {HEAD_DIMS} and blocks {BLOCK_SIZES} slots; others are refused by name.
+With `--dtype float32` attention is reference.py's on a GPU too: what it promises of float32 no kernel here does.
 
 ## What an H100 should make of them
 
