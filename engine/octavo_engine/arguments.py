@@ -322,7 +322,14 @@ def _add_model_options(group: argparse._ActionsContainer) -> None:
         type=whole(1),
         default=_DEFAULTS["tensor_parallel_size"],
         metavar="N",
-        help="devices that share the model (default: %(default)s)",
+        help="devices that share the model, on a CPU processes; `octavo plan` says which numbers work "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--pipeline-parallel-size",
+        type=_one_stage,
+        metavar="N",
+        help="1 alone: a model is not split by layers; use --tensor-parallel-size (default: 1)",
     )
     group.add_argument(
         "--deterministic",
@@ -456,6 +463,14 @@ def _origins(text: str) -> tuple[str, ...]:
 
 def _or_auto(read: Callable[[str], int]) -> Callable[[str], int | None]:
     return lambda text: None if text == "auto" else read(text)
+
+
+def _one_stage(text: str) -> int:
+    if text != "1":
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: pipeline parallelism is not supported; use 1, and --tensor-parallel-size for several devices"
+        )
+    return 1
 
 
 def _quantization(text: str) -> str:

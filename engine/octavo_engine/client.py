@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import subprocess
 import time
 from typing import TYPE_CHECKING, Final, Protocol
@@ -24,6 +23,7 @@ from octavo_engine.messages import (
     Shutdown,
     StepOutputs,
 )
+from octavo_engine.process import how_it_ended
 from octavo_engine.stream import Answered, UpdateStream
 from octavo_engine.transport import ClientChannel
 
@@ -96,6 +96,7 @@ class EngineClient:
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._last_message = time.monotonic()
         self._progress = liveness.Progress(process.pid, device=None)  # another one once the engine is ready
+        self._rank_pids: tuple[int, ...] = ()
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineFacts] = loop.create_future()
         self._death: asyncio.Future[str] = loop.create_future()
@@ -206,7 +207,7 @@ class EngineClient:
     async def _watch(self) -> None:
         while not self._death.done():
             await asyncio.sleep(liveness.LOOK_SECONDS)
-            self._progress.look(liveness.look_at(self._process.pid))
+            self._progress.look(liveness.look_at(self._process.pid, *self._rank_pids))
 
     async def _receive(self) -> None:
         try:
@@ -221,6 +222,7 @@ class EngineClient:
                         self.loading = message
                     case EngineFacts():
                         self.facts = message
+                        self._rank_pids = message.rank_pids
                         self._progress = liveness.Progress(self._process.pid, message.device)
                         self._ready.set_result(message)
                     case Refused():
@@ -269,17 +271,10 @@ class EngineClient:
             exit_code = await asyncio.to_thread(self._process.wait)
         words = self._last_words
         cause = f": {words.message}" if words is not None else ""
-        self._fail_all(f"the engine process (pid {self._process.pid}) ended {_how(exit_code)}{cause}")
+        self._fail_all(f"the engine process (pid {self._process.pid}) ended {how_it_ended(exit_code)}{cause}")
 
     def _fail_all(self, reason: str) -> None:
         if not self._death.done():
             self._death.set_result(reason)
         for stream in self._streams.values():
             stream.fail(reason)
-
-
-def _how(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"with exit code {exit_code}"
-    hint = " (often the kernel's answer to too little memory)" if exit_code == -signal.SIGKILL else ""
-    return f"by signal {signal.Signals(-exit_code).name}{hint}"

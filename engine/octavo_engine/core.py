@@ -81,6 +81,7 @@ def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel, g
             if messages or not is_idle:  # once, when the last request has gone: it looks at every block
                 scheduler.check_integrity()
             is_idle = True
+            model.check()
             channel.send(StepOutputs(updates=updates, stats=scheduler.stats()))
             continue
         is_idle = False

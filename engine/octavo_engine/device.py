@@ -36,6 +36,23 @@ def choose_device(wanted: Device) -> torch.device:
     return torch.device("cpu")
 
 
+def of_rank(kind: str, rank: int) -> torch.device:
+    """The device that a rank has: each its own GPU, or the processors that all share."""
+    return torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+
+
+def require_gpus(number: int) -> None:
+    """Check that every rank can have a GPU.
+
+    Raises:
+        DeviceMissing: there are fewer.
+    """
+    if (here := torch.cuda.device_count()) < number:
+        raise DeviceMissing(
+            f"--tensor-parallel-size {number}: this process may use {here} GPUs; give the container more, or lower it"
+        )
+
+
 def choose_gpu_dtype(config: EngineConfig) -> ComputeDType:
     """The dtype for `--dtype` on a GPU; auto is bfloat16 where it multiplies that natively, else float32.
 

@@ -18,6 +18,7 @@
     |-- NotServing                  no new request now: loading, draining, the engine is stuck, or the queue is full
     |-- GenerationFailed            the engine gave up on one request; the others are not touched
     |-- EngineDead                  the engine process ended
+    |-- RankLost                    a process that shares the model with others ended or does not answer
     `-- PeerGone (EOFError)         API process or engine process, to the other one: the socket between them has ended
 
 A UserError that stops the process at start is written to the termination log as
@@ -132,6 +133,10 @@ class GenerationFailed(OctavoError):
 
 class EngineDead(OctavoError):
     """The engine process ended."""
+
+
+class RankLost(OctavoError):
+    """A process that shares the model with others ended or does not answer: none of them can go on."""
 
 
 class PeerGone(OctavoError, EOFError):

@@ -9,6 +9,8 @@ silence has two honest causes: a step that takes long, and a machine that gives 
 - It is stuck after STUCK_SECONDS in which it said nothing and did nothing: no processor time used by any of its
   threads (waiting for a lock, a disk or a device that does not answer; stopped by a signal). A process that is ready to
   run but gets no processor counts as busy: that is the machine's fault, and a restart would not help.
+  An engine of several ranks counts as one, and as doing nothing while one of them is stopped: the others wait for it,
+  but for threads of torch's that wake up now and then.
 - It is stuck after LONGEST_STEP_SECONDS without a word, however busy: then it is an endless loop. On a GPU the limit is
   lower: no step takes so long there, and a process that waits for a GPU that hangs is busy waiting.
 - An engine that still loads its model may take as long as it computes or reads: it is stuck after LOAD_STUCK_SECONDS in
@@ -21,7 +23,7 @@ of that time lie in the socket still unread, and must not be missed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -31,19 +33,31 @@ LOAD_STUCK_SECONDS: Final = 600.0
 LONGEST_STEP_SECONDS: Final = {"cpu": 300.0, "cuda": 60.0}  # by device
 
 _READY_TO_RUN: Final = "R"
-_STATES: Final = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk or device"}
+_STOPPED: Final = "Tt"
+STATES: Final = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk or device"}
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What the kernel tells of a process (proc(5), /proc/PID/stat)."""
+    """What the kernel tells of the processes of an engine (proc(5), /proc/PID/stat)."""
 
-    state: str  # of its main thread, one letter
-    cpu_ticks: int  # processor time that all its threads have used, in clock ticks
+    state: str  # of a main thread, one letter: of one that is ready to run, else of one that can say why it is not
+    cpu_ticks: int  # processor time that all their threads have used, in clock ticks
+    pid: int | None = None  # whose state it is, if not that of the engine process itself
 
 
-def look_at(pid: int) -> Activity | None:
-    """Look at a process; None where that cannot be told (it is gone, or this is not Linux)."""
+def look_at(pid: int, *rank_pids: int) -> Activity | None:
+    """Look at an engine process and those beside it; None where that cannot be told (it is gone; this is not Linux)."""
+    engine = _look_at(pid)
+    if engine is None or not rank_pids:
+        return engine
+    ranks = [replace(seen, pid=rank) for rank in rank_pids if (seen := _look_at(rank)) is not None]
+    telling = (_READY_TO_RUN, *STATES)
+    shown = min((engine, *ranks), key=lambda seen: telling.index(seen.state) if seen.state in telling else len(telling))
+    return replace(shown, cpu_ticks=engine.cpu_ticks + sum(seen.cpu_ticks for seen in ranks))
+
+
+def _look_at(pid: int) -> Activity | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -79,7 +93,7 @@ class Progress:
             activity is None  # not known, and so not held against it
             or activity.state == _READY_TO_RUN
             or self._last is None
-            or activity.cpu_ticks != self._last.cpu_ticks
+            or (activity.state not in _STOPPED and activity.cpu_ticks != self._last.cpu_ticks)
         )
         self._inactive = 0.0 if active else self._inactive + LOOK_SECONDS
         self._last = activity
@@ -88,10 +102,11 @@ class Progress:
     def problem(self) -> str | None:
         """Why it is held to be stuck, or None."""
         if self._inactive >= self._patience and self._last is not None:
-            state = _STATES.get(self._last.state, "waiting")
+            state = STATES.get(self._last.state, "waiting")
+            who = "it" if self._last.pid is None else f"its process {self._last.pid}"
             return (
                 f"the engine process (pid {self._pid}) has been silent for {self._silent:.0f} s and has used no "
-                f"processor time for {self._inactive:.0f} s: it is {state}"
+                f"processor time for {self._inactive:.0f} s: {who} is {state}"
             )
         if self._silent >= self._longest_step:
             return (

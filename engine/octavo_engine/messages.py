@@ -65,6 +65,7 @@ class EngineFacts(Message, frozen=True):
     cache_dtype: str  # of the KV cache
     device: str
     num_parameters: int
+    rank_pids: tuple[int, ...] = ()  # of the processes beside the engine's that share the model with it
 
 
 class Refused(Message, frozen=True):

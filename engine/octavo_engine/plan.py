@@ -2,7 +2,7 @@
 
 The scheduler (scheduler.py) writes a StepPlan, the runner (runner.py) turns it into tensors and answers with a
 StepResult, which the scheduler takes back. Everything here is frozen and free of torch, so that a plan can be built in
-a test by hand and, later, be sent to other tensor-parallel ranks.
+a test by hand. What of a plan concerns the other ranks of a model is sent to them (ranks.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from octavo_engine.grammar import Grammar
 from octavo_engine.past import PastTokens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from octavo_engine.messages import EngineFacts
 
 
@@ -132,3 +134,4 @@ class LoadedModel:
     facts: EngineFacts  # block_size, num_blocks and max_model_len are what the scheduler works with
     eos_token_ids: frozenset[int]  # any of these ends a request, unless it asked for ignore_eos
     vocab_size: int  # rows of the embedding: the model knows token ids below this
+    check: Callable[[], None] = lambda: None  # called while idle: raises if what computes is not all there any more

@@ -163,8 +163,8 @@ def check_parallelism(model: Model, config: EngineConfig) -> None:
         spec = model.spec
         raise TensorParallelInvalid(
             f"{config.tensor_parallel_size} devices cannot share {model.name} evenly: {spec.num_heads} query heads, "
-            f"{spec.num_kv_heads} KV heads, an intermediate size of {spec.intermediate_size}, {spec.vocab_size} "
-            f"tokens, weights in {model.quantization}; use --tensor-parallel-size {_sizes(sizes)}",
+            f"{spec.num_kv_heads} KV heads, an intermediate size of {spec.intermediate_size}, weights in "
+            f"{model.quantization}; use --tensor-parallel-size {_sizes(sizes)}",
             facts=model.facts(),
         )
 
@@ -203,13 +203,14 @@ def plan_for_cpu(model: Model, config: EngineConfig, *, processes: tuple[int, ..
     Raises:
         UserError: as make_plan.
     """
-    has_library = best_library() is not None
+    ranks = config.tensor_parallel_size
+    has_library = ranks == 1 and best_library() is not None  # the library computes a model as a whole
     dtype = choose_cpu_dtype(model, config, has_library=has_library)
     available = resources.available_memory() + sum(resources.anonymous_memory(pid) for pid in processes)
     memory = Memory(
         device="cpu",
-        available_bytes=available,
-        process_bytes=sizing.API_PROCESS_BYTES + sizing.ENGINE_PROCESS_BYTES,
+        available_bytes=available // ranks,  # they share the machine's
+        process_bytes=sizing.API_PROCESS_BYTES // ranks + sizing.ENGINE_PROCESS_BYTES,
         native=dtype if has_library and dtype != "float16" else None,
     )
     return make_plan(model, config, device="cpu", dtype=dtype, memory=memory)

@@ -11,29 +11,27 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from octavo_engine import device as devices
 from octavo_engine import planning, resources, sampler
-from octavo_engine.attention.base import AttentionRules, CacheShape
-from octavo_engine.attention.reference import ReferenceAttention
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
-from octavo_engine.errors import ConfigError
 from octavo_engine.messages import EngineFacts
-from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.plan import LoadedModel, RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
-from octavo_engine.steps import TorchSteps
+from octavo_engine.ranks import Ranks
+from octavo_engine.steps import load_torch_steps
 from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.config import EngineConfig
-    from octavo_engine.models.spec import DecoderSpec
+    from octavo_engine.cpu.compute import Compute
+    from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.planning import Model, Plan
     from octavo_engine.sizing import MemoryPlan
     from octavo_engine.steps import Steps
@@ -130,32 +128,27 @@ def load_runner(
         planning.check_parallelism(model, config)  # what the model rules out is told before what the machine lacks
         plan = _plan(model, config, devices.choose_device(config.device))
     device = torch.device(plan.device)
-    if config.tensor_parallel_size != 1:
-        raise ConfigError(
-            f"--tensor-parallel-size {config.tensor_parallel_size}: the model runs on one device in this version; use 1"
-        )
+    if device.type == "cuda":
+        devices.require_gpus(plan.num_devices)
     _log.info("%s", plan.describe())
     checkpoint, memory, spec = plan.model.checkpoint, plan.memory, plan.model.spec
-    library = best_library() if plan.native else None
-    torch.set_num_threads(resources.num_threads())
-    weights = WeightSource(checkpoint, on_progress=lambda done, total: on_progress("Loading", done, total))
+    num_threads = max(1, resources.num_threads() // plan.num_devices)
+    torch.set_num_threads(num_threads)
+
+    def on_bytes(done: int, total: int) -> None:
+        on_progress("Loading", done, total)
+
     steps: Steps
-    if library is not None and plan.native is not None:
-        steps = CpuDecoder(
-            library,
-            spec,
-            weights,
-            compute=plan.native,
-            num_positions=memory.max_model_len,
-            num_blocks=memory.num_blocks,
-            block_size=memory.block_size,
-            num_threads=resources.num_threads(),
-        )
-        # The library has its own threads. Those of torch spin for milliseconds after a product, on the same processors.
-        torch.set_num_threads(1)
+    ranks: Ranks | None = None
+    if plan.native is not None:
+        steps = _native_steps(checkpoint, memory, plan.native, num_threads, on_bytes)
+    elif plan.num_devices > 1:
+        ranks = Ranks(plan.num_devices, devices.of_rank(device.type, 0))
+        dtype = devices.torch_dtype(plan.dtype)
+        steps = ranks.load(checkpoint, memory, dtype=dtype, num_threads=num_threads, on_progress=on_bytes)
     else:
-        steps = _torch_steps(spec, weights, memory, devices.torch_dtype(plan.dtype), device)
-    weights.check_all_read()
+        dtype = devices.torch_dtype(plan.dtype)
+        steps = load_torch_steps(checkpoint, memory, dtype=dtype, device=device, on_progress=on_bytes)
     runner = ModelRunner(steps, seed=config.seed)
     on_progress("Warmup", 0, 1)
     _warm_up(runner, config, memory)
@@ -168,8 +161,10 @@ def load_runner(
         cache_dtype=plan.cache_dtype,
         device=device.type,
         num_parameters=checkpoint.num_parameters,
+        rank_pids=() if ranks is None else ranks.pids,
     )
-    return LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size)
+    loaded = LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size)
+    return loaded if ranks is None else replace(loaded, check=ranks.check)
 
 
 def _plan(model: Model, config: EngineConfig, device: torch.device) -> Plan:
@@ -179,32 +174,30 @@ def _plan(model: Model, config: EngineConfig, device: torch.device) -> Plan:
     return planning.make_plan(model, config, device=device.type, dtype=devices.choose_gpu_dtype(config), memory=memory)
 
 
-def _torch_steps(
-    spec: DecoderSpec, weights: WeightSource, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
-) -> TorchSteps:
-    rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
-    attention = _attention(_cache_shape(spec, plan), rules, dtype, device)
-    model = TorchDecoder(spec, weights, attention, num_positions=plan.max_model_len, dtype=dtype, device=device)
-    return TorchSteps(model, attention, block_size=plan.block_size, device=device)
-
-
-def _attention(shape: CacheShape, rules: AttentionRules, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
-    """Kernels where there is a GPU; torch elsewhere, and for float32, whose promise of equal results only it keeps."""
-    if device.type == "cuda" and dtype != torch.float32:
-        from octavo_engine.attention.triton import TritonAttention  # noqa: PLC0415 - Triton is not there without a GPU
-
-        return TritonAttention(shape, rules, dtype=dtype, device=device)
-    return ReferenceAttention(shape, rules, dtype=dtype, device=device)
-
-
-def _cache_shape(spec: DecoderSpec, plan: MemoryPlan) -> CacheShape:
-    return CacheShape(
-        num_layers=spec.num_layers,
-        num_blocks=plan.num_blocks,
-        block_size=plan.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+def _native_steps(
+    checkpoint: Checkpoint,
+    memory: MemoryPlan,
+    compute: Compute,
+    num_threads: int,
+    on_progress: Callable[[int, int], None],
+) -> CpuDecoder:
+    library = best_library()
+    assert library is not None, "the plan is for it"
+    weights = WeightSource(checkpoint, on_progress=on_progress)
+    decoder = CpuDecoder(
+        library,
+        checkpoint.spec,
+        weights,
+        compute=compute,
+        num_positions=memory.max_model_len,
+        num_blocks=memory.num_blocks,
+        block_size=memory.block_size,
+        num_threads=num_threads,
     )
+    weights.check_all_read()
+    # The library has its own threads. Those of torch spin for milliseconds after a product, on the same processors.
+    torch.set_num_threads(1)
+    return decoder
 
 
 def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> None:

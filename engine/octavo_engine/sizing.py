@@ -67,7 +67,7 @@ class StoredTensor(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """The memory to divide: of the machine on a CPU, of each GPU otherwise."""
+    """The memory to divide: of each GPU, or on a CPU of the machine, of which each rank gets an equal share."""
 
     device: str  # a key of BLOCK_SIZES
     available_bytes: int  # what this engine may take in all
@@ -117,14 +117,15 @@ def plan_memory(
             f"use at most {spec.max_context}"
         )
     ranks = config.tensor_parallel_size
+    share = spec.share(ranks)
     block_size = config.block_size or BLOCK_SIZES[memory.device]
-    kv_bytes_per_token = _kv_bytes_per_token(spec, dtype, block_size, native=memory.native) // ranks
+    kv_bytes_per_token = _kv_bytes_per_token(share, dtype, block_size, native=memory.native)
     block_bytes = block_size * kv_bytes_per_token
     fixed = {
         "process": memory.process_bytes,
         "margin": int(memory.available_bytes * MARGIN),
         "weight": weight_bytes(spec, tensors, dtype, ranks, native=memory.native),
-        "work": _work_bytes(spec, config, dtype, native=memory.native),
+        "work": _work_bytes(share, config, dtype, native=memory.native),
     }
     budget = _kv_budget(spec, config, memory, fixed, kv_bytes_per_token)
     affordable_blocks = budget // block_bytes
@@ -156,38 +157,37 @@ def plan_memory(
 def weight_bytes(
     spec: DecoderSpec, tensors: Sequence[StoredTensor], dtype: ComputeDType, ranks: int, *, native: Compute | None
 ) -> int:
-    """Bytes of one rank's weights while running: matrices are split over the ranks, vectors are on each."""
+    """Bytes of one rank's weights while running: its part of each matrix (weights/shard.py), and all vectors."""
     vectors = sum(tensor.num_elements for tensor in tensors if len(tensor.shape) == 1)
-    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     if native is not None:
+        matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
         num_bytes = sum(cpu.matrix_bytes(native, tensor.quant_type, tensor.shape) for tensor in matrices)
     else:
-        numbers = sum(tensor.num_elements for tensor in matrices)
-        if spec.tied_embeddings:  # torch has it in rows to look tokens up, and packed to multiply with
-            numbers += spec.vocab_size * spec.hidden_size
-        num_bytes = numbers * _DTYPE_BYTES[dtype]
-    return num_bytes // ranks + vectors * _NORM_BYTES
+        share = spec.share(ranks)
+        heads = 2 * (share.num_heads + share.num_kv_heads) * spec.head_dim  # queries and output, keys and values
+        layers = spec.num_layers * (heads + 3 * share.intermediate_size)
+        # Twice, also where one matrix is both: torch has it in rows to look tokens up, and packed to multiply with.
+        vocabulary = 2 * -(-spec.vocab_size // ranks)
+        num_bytes = (layers + vocabulary) * spec.hidden_size * _DTYPE_BYTES[dtype]
+    return num_bytes + vectors * _NORM_BYTES
 
 
 def tensor_parallel_sizes(spec: DecoderSpec, tensors: Sequence[StoredTensor]) -> tuple[int, ...]:
-    """The numbers of devices that the model can be split over evenly, from 1 on.
+    """The numbers of devices that the model can be split over, from 1 on.
 
-    Each device gets whole query heads, whole KV heads, an equal part of the MLP and of the vocabulary; matrices that
-    are split along their rows (attention output, MLP down) are cut between blocks of the quantisation.
+    Each device gets as many query heads as the others and an equal part of the MLP; whole KV heads, or one that it has
+    together with others; an equal part of the vocabulary, the last one filled up. Matrices that are split along their
+    rows (attention output, MLP down) are cut between blocks of the quantisation.
     """
     layer_matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and tensor.shape[0] != spec.vocab_size]
     group = max((tensor.quant_type.block_size for tensor in layer_matrices), default=1)
+    widths = (spec.num_heads * spec.head_dim, spec.intermediate_size)
     return tuple(
         size
-        for size in range(1, spec.num_kv_heads + 1)
-        if all(
-            number % size == 0
-            for number in (spec.num_kv_heads, spec.num_heads, spec.intermediate_size, spec.vocab_size)
-        )
-        and all(
-            size == 1 or width // size % group == 0
-            for width in (spec.num_heads * spec.head_dim, spec.intermediate_size)
-        )
+        for size in range(1, spec.num_heads + 1)
+        if spec.num_heads % size == spec.intermediate_size % size == 0
+        and (spec.num_kv_heads % size == 0 or size % spec.num_kv_heads == 0)
+        and (size == 1 or all(width // size % group == 0 for width in widths))
     )
 
 
@@ -213,9 +213,8 @@ def _work_bytes(spec: DecoderSpec, config: EngineConfig, dtype: ComputeDType, *,
     if native is not None:
         per_token = cpu.token_bytes(spec)
     else:
-        ranks = config.tensor_parallel_size
-        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim // ranks
-        widest = max(3 * spec.intermediate_size // ranks, 2 * heads)
+        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        widest = max(3 * spec.intermediate_size, 2 * heads)
         per_token = 3 * 4 * spec.hidden_size + widest * _DTYPE_BYTES[dtype] + 8 * positions
     per_request = spec.vocab_size * _LOGIT_BYTES
     per_position = len(set(spec.ropes)) * spec.head_dim * _ROTATION_BYTES

@@ -1,4 +1,4 @@
-"""What computes the tokens of a StepPlan, and torch's way to do it. Called by runner.py.
+"""What computes the tokens of a StepPlan, and torch's way to do it. Called by runner.py, ranks.py and worker.py.
 
 cpu/decoder.py is the other way. Neither knows of sampling or scheduling.
 
@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
+from octavo_engine.attention.base import AttentionRules, CacheShape
+from octavo_engine.attention.reference import ReferenceAttention
 from octavo_engine.batch import build_step
+from octavo_engine.models.decoder import TorchDecoder
+from octavo_engine.parallel import ALONE
+from octavo_engine.weights.shard import Shard
+from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from octavo_engine.attention.base import AttentionBackend
-    from octavo_engine.models.decoder import TorchDecoder
+    from octavo_engine.models.checkpoint import Checkpoint
+    from octavo_engine.parallel import Communicator
     from octavo_engine.plan import StepPlan
     from octavo_engine.sampler import Chooser
+    from octavo_engine.sizing import MemoryPlan
 
 
 class Steps(Protocol):
@@ -75,3 +83,52 @@ class TorchSteps:
         self._attention.begin_step(step.attention)
         rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.last_rows
         return self._model.forward(step.input_ids, step.positions, rows, states)
+
+
+def load_torch_steps(
+    checkpoint: Checkpoint,
+    memory: MemoryPlan,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Callable[[int, int], None],
+    ranks: Communicator = ALONE,
+) -> TorchSteps:
+    """Load one rank's part of a model, with its part of the KV cache.
+
+    Args:
+        checkpoint: the whole model.
+        memory: the plan of each rank.
+        dtype: of computation and KV cache.
+        device: where.
+        on_progress: called with (bytes done, bytes in all tensors).
+        ranks: who shares the model.
+
+    Raises:
+        ModelInvalid, ModelUnsupported: a tensor is missing, has another shape than the description says, or is unknown.
+    """
+    spec = checkpoint.spec
+    shape = CacheShape(
+        num_layers=spec.num_layers,
+        num_blocks=memory.num_blocks,
+        block_size=memory.block_size,
+        num_kv_heads=spec.share(ranks.size).num_kv_heads,
+        head_dim=spec.head_dim,
+    )
+    rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
+    attention = _attention(shape, rules, dtype, device)
+    weights = WeightSource(checkpoint, on_progress=on_progress, shard=Shard(ranks.rank, ranks.size))
+    model = TorchDecoder(
+        spec, weights, attention, num_positions=memory.max_model_len, dtype=dtype, device=device, ranks=ranks
+    )
+    weights.check_all_read()
+    return TorchSteps(model, attention, block_size=memory.block_size, device=device)
+
+
+def _attention(shape: CacheShape, rules: AttentionRules, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """Kernels where there is a GPU; torch elsewhere, and for float32, whose promise of equal results only it keeps."""
+    if device.type == "cuda" and dtype != torch.float32:
+        from octavo_engine.attention.triton import TritonAttention  # noqa: PLC0415 - Triton is not there without a GPU
+
+        return TritonAttention(shape, rules, dtype=dtype, device=device)
+    return ReferenceAttention(shape, rules, dtype=dtype, device=device)

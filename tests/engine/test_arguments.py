@@ -56,6 +56,12 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
     "--tokenizer": (None, "t.gguf", Path("t.gguf"), {}),
     "--device": ("auto", "cpu", "cpu", {"tpu": "invalid choice: 'tpu'"}),
     "--tensor-parallel-size": (1, "3", 3, {"two": "not a whole number of at least 1", "0": "of at least 1"}),
+    "--pipeline-parallel-size": (
+        None,
+        "1",
+        1,
+        {"2": "'2': pipeline parallelism is not supported; use 1, and --tensor-parallel-size"},
+    ),
     "--deterministic": (False, None, True, {}),
     "--seed": (0, "7", 7, {"-1": "not a whole number from 0"}),
     "--max-model-len": (None, "4096", 4096, {"-5": "of at least 2", "1": "of at least 2", "4k": "'4k' is not a whole"}),

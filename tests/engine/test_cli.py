@@ -153,7 +153,7 @@ def test_a_pull_tells_the_operator_what_the_model_is(tmp_path: Path) -> None:
     assert status_of("pull", "hf://org/repo:m.gguf", "--termination-log", str(log)) == 0
     told = json.loads(log.read_bytes())
     assert told["reason"] == "Pulled"
-    assert told["facts"] | {"architecture": "llama", "layers": 2, "tensorParallelSizes": [1, 2]} == told["facts"]
+    assert told["facts"] | {"architecture": "llama", "layers": 2, "tensorParallelSizes": [1, 2, 4]} == told["facts"]
 
 
 def test_what_cannot_run_is_refused_before_its_download(
@@ -181,7 +181,7 @@ def test_a_plan_that_cannot_work_is_refused_in_words_and_in_json(
     assert status_of("plan", model, "--gpus", "3", "--gpu-memory", "80GiB", "--json") == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["reason"] == "TensorParallelInvalid"
-    assert json.loads(out)["facts"]["tensorParallelSizes"] == [1, 2]
+    assert json.loads(out)["facts"]["tensorParallelSizes"] == [1, 2, 4]
     assert "3 devices cannot share tiny.gguf evenly: 4 query heads, 2 KV heads" in err
     assert status_of("plan", model, "--gpu-memory", "100MiB") == 1
     assert "90 MiB available - 512 MiB processes" in capsys.readouterr().err

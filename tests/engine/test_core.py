@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import pytest
 
 from octavo_engine import core
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import ModelInvalid
+from octavo_engine.errors import ModelInvalid, RankLost
 from octavo_engine.messages import (
     AbortRequest,
     AddRequest,
@@ -305,6 +306,21 @@ async def test_a_step_that_raises_ends_the_engine_and_says_why() -> None:
             assert not message.updates
         assert message == Refused(reason="EngineFailed", message="RuntimeError: out of memory in step 0", facts={})
         assert await engine.status == 1
+
+
+async def test_an_idle_engine_ends_when_what_computes_is_not_all_there_any_more() -> None:
+    def load(config: EngineConfig, on_progress: core.OnProgress) -> LoadedModel:
+        def check() -> None:
+            raise RankLost("rank 1 (pid 7) ended by signal SIGKILL")
+
+        return replace(load_at_once(CountingRunner())(config, on_progress), check=check)
+
+    async with engine(load) as idle:
+        messages = [await idle.client.receive() for _ in range(3)]
+        assert messages[-1] == Refused(
+            reason="EngineFailed", message="RankLost: rank 1 (pid 7) ended by signal SIGKILL", facts={}
+        )
+        assert await idle.status == 1
 
 
 async def test_a_socket_closed_within_a_step_ends_the_engine_after_it() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -128,6 +129,35 @@ def test_a_process_that_computes_uses_time_and_one_that_is_stopped_does_not(loop
     os.kill(loop.pid, signal.SIGSTOP)
     stopped = poll(lambda activity: activity.state == "T")
     assert look_at(loop.pid) == stopped
+
+
+def test_an_engine_of_several_ranks_is_stuck_if_none_computes_and_the_one_that_is_stopped_is_named() -> None:
+    ticks = itertools.count()  # of threads of torch's in the others
+    stuck = after(STUCK_LOOKS, lambda: Activity("T", next(ticks), pid=99)).problem
+    assert stuck is not None
+    assert "the engine process (pid 4242) has been silent" in stuck
+    assert "its process 99 is stopped by a signal" in stuck
+
+
+def test_the_time_of_all_ranks_counts_and_the_state_of_the_one_that_has_something_to_say(
+    loop: subprocess.Popen[bytes], wait_until: Callable[..., None]
+) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as engine:
+
+        def is_seen(state: str) -> bool:
+            activity = look_at(engine.pid, loop.pid)
+            return activity is not None and (activity.state, activity.pid) == (state, loop.pid)
+
+        wait_until(lambda: is_seen("R"))
+        os.kill(loop.pid, signal.SIGSTOP)
+        wait_until(lambda: is_seen("T"))
+        waiting_one, stopped_one = look_at(engine.pid), look_at(loop.pid)
+        assert waiting_one is not None
+        assert stopped_one is not None
+        ticks = waiting_one.cpu_ticks + stopped_one.cpu_ticks
+        assert look_at(engine.pid, loop.pid) == Activity("T", ticks, pid=loop.pid)
+        assert look_at(engine.pid, 2**22 + 1) == waiting_one  # one that is gone says nothing
+        engine.kill()
 
 
 def test_a_process_that_is_gone_cannot_be_looked_at() -> None:

@@ -224,9 +224,16 @@ def test_what_is_promised_fits(available_mib: int, device: str, **options: Any) 
 def test_a_model_is_split_between_heads_and_between_blocks_of_the_quantisation() -> None:
     assert tensor_parallel_sizes(SMOLLM2, TENSORS) == (1, 3)  # 9 query and 3 KV heads
     eight_heads = replace(SMOLLM2, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14336)
-    assert tensor_parallel_sizes(eight_heads, TENSORS) == (1, 2, 4, 8)
+    assert tensor_parallel_sizes(eight_heads, TENSORS) == (1, 2, 4, 8, 16, 32)  # from 16 on a KV head is on several
     coarse = tuple(replace(one, quant_type=QuantType.Q8_0) for one in TENSORS)
     narrow = replace(eight_heads, intermediate_size=4 * 32)  # 16 of them are no block of 32
     assert tensor_parallel_sizes(narrow, coarse) == (1, 2, 4)
-    odd_vocabulary = replace(eight_heads, vocab_size=32_001)
-    assert tensor_parallel_sizes(odd_vocabulary, TENSORS) == (1,)
+    six_of_three = replace(eight_heads, num_heads=6, num_kv_heads=3, intermediate_size=6 * 32)
+    assert tensor_parallel_sizes(six_of_three, TENSORS) == (1, 3, 6)  # two devices cannot have the same KV heads
+    odd_vocabulary = replace(eight_heads, vocab_size=32_001)  # is filled up
+    assert tensor_parallel_sizes(odd_vocabulary, TENSORS) == (1, 2, 4, 8, 16, 32)
+
+
+def test_ranks_on_more_devices_than_kv_heads_each_keep_one() -> None:
+    wide = replace(SMOLLM2, num_heads=12, num_kv_heads=3)
+    assert [wide.share(ranks).kv_elements_per_token for ranks in (1, 3, 6)] == [11_520, 3_840, 3_840]

@@ -3,8 +3,12 @@
 Built and run by runner.py. All tokens of all requests of a step come as one flat sequence; only attention knows which
 belong together.
 
-Shapes: T tokens of the step, H hidden size, N query heads, K KV heads, D head size, M intermediate size, V vocabulary,
-S rows to get logits for.
+Where several ranks share the model, each has some of the heads, of the MLP's middle and of the vocabulary, and a
+Communicator (parallel.py) joins what they computed. The source hands out a rank's part of each tensor, and is asked for
+it by the shape of the whole.
+
+Shapes: T tokens of the step, H hidden size, D head size, V vocabulary, S rows to get logits for; of this rank: N query
+heads, K KV heads, M intermediate size.
 """
 
 from __future__ import annotations
@@ -12,26 +16,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 
 from octavo_engine.layers.activation import gate_and_mul
-from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.linear import Linear, PartialLinear
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.layers.rotary import rotary_table, rotate
 from octavo_engine.models.spec import StoredFactors
+from octavo_engine.parallel import ALONE
 
 if TYPE_CHECKING:
     from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.models.family import LayerRole, ModelRole
     from octavo_engine.models.spec import DecoderSpec, Rope
+    from octavo_engine.parallel import Communicator
     from octavo_engine.weights.stored import WeightSource
 
 
 class _Loader:
-    """The weights of one model, or of one of its layers, on their device and in the compute dtype."""
+    """One rank's weights of a model, or of one of its layers, on their device and in the compute dtype."""
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device, layer: int | None) -> None:
-        self._source, self.dtype, self._device, self._layer = source, dtype, device, layer
+    def __init__(
+        self,
+        source: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranks: Communicator,
+        layer: int | None = None,
+    ) -> None:
+        self._source, self.dtype, self._device, self.ranks, self._layer = source, dtype, device, ranks, layer
+
+    def of_layer(self, layer: int) -> _Loader:
+        return _Loader(self._source, self.dtype, self._device, self.ranks, layer)
 
     def matrix(self, role: ModelRole | LayerRole, *shape: int) -> torch.Tensor:
         rows, columns = shape
@@ -52,7 +67,8 @@ class _Attention:
     def __init__(self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend) -> None:
         hidden, dim = spec.hidden_size, spec.head_dim
         self._layer, self._head_dim, self._backend = layer, dim, backend
-        self._num_heads, self._num_kv_heads = spec.num_heads, spec.num_kv_heads
+        share = spec.share(weights.ranks.size)
+        self._num_heads, self._num_kv_heads = share.num_heads, share.num_kv_heads
         sizes: dict[LayerRole, int] = {"q": spec.num_heads * dim, "k": spec.num_kv_heads * dim}
         sizes["v"] = sizes["k"]
         bias = None
@@ -60,9 +76,8 @@ class _Attention:
             names: tuple[LayerRole, ...] = ("q_bias", "k_bias", "v_bias")
             bias = torch.cat([weights.bias(name, size) for name, size in zip(names, sizes.values(), strict=True)])
         self._qkv = Linear(*(weights.matrix(role, size, hidden) for role, size in sizes.items()), bias=bias)
-        self._output = Linear(
-            weights.matrix("o", hidden, sizes["q"]), bias=weights.bias("o_bias", hidden) if spec.o_bias else None
-        )
+        o_bias = weights.bias("o_bias", hidden) if spec.o_bias else None
+        self._output = PartialLinear(weights.matrix("o", hidden, sizes["q"]), bias=o_bias, ranks=weights.ranks)
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
         if spec.qk_norm:
             self._norms = (
@@ -89,7 +104,7 @@ class _MLP:
         hidden, middle = spec.hidden_size, spec.intermediate_size
         self._activation = spec.activation
         self._gate_up = Linear(weights.matrix("gate", middle, hidden), weights.matrix("up", middle, hidden))
-        self._down = Linear(weights.matrix("down", hidden, middle))
+        self._down = PartialLinear(weights.matrix("down", hidden, middle), ranks=weights.ranks)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
@@ -130,22 +145,31 @@ class TorchDecoder:
         num_positions: int,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: Communicator = ALONE,
     ) -> None:
         """Load every tensor.
+
+        Args:
+            spec: the whole model.
+            source: of this rank's weights.
+            backend: with the KV heads of this rank.
+            num_positions: longest context that will be served.
+            dtype: what is computed in.
+            device: where.
+            ranks: the others that share the model.
 
         Raises:
             ModelInvalid: a tensor is missing or has another shape than `spec` implies.
         """
-        weights = _Loader(source, dtype, device, None)
+        weights = _Loader(source, dtype, device, ranks)
+        self._ranks, self._vocab_size = ranks, spec.vocab_size
         self._embedding_scale, self._softcap = spec.embedding_scale, spec.logit_softcap
         self.hidden_size = spec.hidden_size
         self._embedding = weights.matrix("embedding", spec.vocab_size, spec.hidden_size)
         tables = rotary_tables(spec, source, num_positions=num_positions)
         self._tables = [(cos.to(device), sin.to(device)) for cos, sin in tables.values()]
         self._table_of_layer = [list(tables).index(rope) for rope in spec.ropes]
-        self._layers = [
-            _Layer(spec, _Loader(source, dtype, device, layer), layer, backend) for layer in range(spec.num_layers)
-        ]
+        self._layers = [_Layer(spec, weights.of_layer(layer), layer, backend) for layer in range(spec.num_layers)]
         self._norm = weights.norm("final_norm", spec.hidden_size, spec.rms_norm_eps)
         self._head = Linear(
             self._embedding if spec.tied_embeddings else weights.matrix("output", spec.vocab_size, spec.hidden_size)
@@ -167,16 +191,16 @@ class TorchDecoder:
             states: float32 [S, H], filled with what the logits are computed of.
 
         Returns:
-            Logits [S, V] in the compute dtype.
+            Logits [S, V] in the compute dtype, on rank 0 alone.
         """
         turns = [(cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)) for cos, sin in self._tables]
-        residual = F.embedding(input_ids, self._embedding).float() * self._embedding_scale
+        residual = self._ranks.embed(input_ids, self._embedding).float() * self._embedding_scale
         for layer, table in zip(self._layers, self._table_of_layer, strict=True):
             layer(residual, *turns[table])
         normed = self._norm(residual[logits_rows])
         if states is not None:
             states.copy_(normed)
-        logits = self._head(normed)
+        logits = self._ranks.join(self._head(normed), self._vocab_size)
         if self._softcap is not None:
             return logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits

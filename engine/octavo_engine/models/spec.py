@@ -10,7 +10,7 @@ A layer computes, on a residual x that stays float32 (P: only with `post_norms`)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -122,3 +122,16 @@ class DecoderSpec:
     def kv_elements_per_token(self) -> int:
         """Numbers that the KV cache keeps for one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def share(self, ranks: int) -> DecoderSpec:
+        """What one of so many ranks computes of attention and of the MLP.
+
+        Where there are fewer KV heads than ranks, several have the same one. The vocabulary and the hidden size are
+        those of the whole. sizing.tensor_parallel_sizes says which numbers divide a model.
+        """
+        return replace(
+            self,
+            num_heads=self.num_heads // ranks,
+            num_kv_heads=max(1, self.num_kv_heads // ranks),
+            intermediate_size=self.intermediate_size // ranks,
+        )

@@ -1,7 +1,7 @@
 """Tensors as they lie in the files: packed rows, mapped and not copied, handed out by their role.
 
 Called by the decoders (models/decoder.py, and the C++ one) while they build themselves. It knows no architecture:
-which name a role has in the files is the checkpoint's business.
+which name a role has in the files is the checkpoint's business, and which part of a tensor a rank has is shard.py's.
 
 The file stays mapped for as long as a tensor that lies in it is alive, and no longer.
 """
@@ -16,6 +16,7 @@ import torch
 
 from octavo_engine.errors import ModelInvalid, ModelUnsupported
 from octavo_engine.weights.gguf_quants import dequantize
+from octavo_engine.weights.shard import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from octavo_engine.models.family import LayerRole, ModelRole
     from octavo_engine.weights.gguf import TensorInfo
     from octavo_engine.weights.quant_type import QuantType
+    from octavo_engine.weights.shard import Part, Shard
 
 # Numbers dequantised at a time: bounds the float32 temporaries, whatever the size of the tensor.
 _SLICE_ELEMENTS = 4 * 1024 * 1024
@@ -50,16 +52,20 @@ class StoredMatrix:
 
 
 class WeightSource:
-    """Hands out each tensor of a checkpoint once."""
+    """Hands out each tensor of a checkpoint once, or one rank's part of each."""
 
-    def __init__(self, checkpoint: Checkpoint, *, on_progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, on_progress: Callable[[int, int], None], shard: Shard = WHOLE
+    ) -> None:
         """Map the files.
 
         Args:
             checkpoint: the model.
             on_progress: called with (bytes done, bytes in all tensors) before each tensor and at the end.
+            shard: whose parts to hand out.
         """
         self._checkpoint = checkpoint
+        self._shard = shard
         self._unread = dict(checkpoint.tensors)
         self._on_progress = on_progress
         self._num_bytes_done = 0
@@ -67,25 +73,37 @@ class WeightSource:
         self._files = {path: _map(path) for path in {tensor.path for tensor in checkpoint.tensors.values()}}
 
     def matrix(self, role: ModelRole | LayerRole, shape: tuple[int, int], *, layer: int | None = None) -> StoredMatrix:
-        """A weight matrix [out, in]; those of queries and keys with the pairs of a rotation in the halves of a head.
+        """The shard's part of a weight matrix; queries and keys with the pairs of a rotation in the halves of a head.
+
+        Args:
+            role: which one.
+            shape: out, in, of the whole matrix.
+            layer: whose.
 
         Raises:
             ModelInvalid: the files have no such tensor, or it has another shape.
         """
         info = self._take(role, shape, layer)
-        matrix = StoredMatrix(self._bytes(info).view(shape[0], -1), info.quant_type, shape)
+        part = self._shard.part(role, shape, self._checkpoint.spec)
+        matrix = _cut(StoredMatrix(self._bytes(info).view(shape[0], -1), info.quant_type, shape), part)
         if role in ("q", "k") and self._checkpoint.pairs_adjacent:
             return replace(matrix, packed=_in_halves(matrix.packed, self._checkpoint.spec.head_dim))
         return matrix
 
     def vector(self, role: ModelRole | LayerRole, size: int, *, layer: int | None = None) -> torch.Tensor:
-        """A norm's weight or a bias, float32 [size] on the CPU.
+        """A norm's weight, or the shard's part of a bias: float32 on the CPU.
+
+        Args:
+            role: which one.
+            size: how many numbers the whole of it has.
+            layer: whose.
 
         Raises:
             ModelInvalid: the files have no such tensor, or it has another shape.
         """
         info = self._take(role, (size,), layer)
-        numbers = dequantize(self._bytes(info), info.quant_type)
+        part = self._shard.part(role, (size,), self._checkpoint.spec)
+        numbers = dequantize(self._bytes(info), info.quant_type)[part.start : part.stop]
         if role.endswith("norm"):
             return numbers + self._checkpoint.norm_offset
         if role in ("q_bias", "k_bias") and self._checkpoint.pairs_adjacent:
@@ -127,6 +145,21 @@ class WeightSource:
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants writable memory
+
+
+def _cut(matrix: StoredMatrix, part: Part) -> StoredMatrix:
+    """A part of a matrix, without a copy where it is of whole rows; rows beyond the last one are zeros."""
+    rows, columns = matrix.shape
+    if part.dim == 1:
+        block = matrix.quant_type
+        assert part.start % block.block_size == 0, "ranks that would cut a block are refused before weights are read"
+        first, last = (end // block.block_size * block.block_bytes for end in (part.start, part.stop))
+        return replace(matrix, packed=matrix.packed[:, first:last].contiguous(), shape=(rows, part.stop - part.start))
+    packed = matrix.packed[part.start : part.stop]
+    num_rows = part.stop - part.start
+    if len(packed) < num_rows:  # a block of nothing but zero bytes is one of zeros, in every type
+        packed = torch.cat((packed, packed.new_zeros(num_rows - len(packed), packed.shape[1])))
+    return replace(matrix, packed=packed, shape=(num_rows, columns))
 
 
 def _in_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -1,0 +1,171 @@
+"""Two, three and four ranks over gloo compute what one computes: every family, on tiny random checkpoints.
+
+One set of processes for each number of ranks loads all the models, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+
+from octavo_engine.models.checkpoint import read_checkpoint
+from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
+from octavo_engine.ranks import Ranks
+from octavo_engine.runner import ModelRunner
+from octavo_engine.sizing import MemoryPlan
+from octavo_engine.steps import Steps, load_torch_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.timeout(300)
+
+CPU = torch.device("cpu")
+TOKENS = tuple(random.Random(7).choices(range(98), k=70))  # noqa: S311 - test data
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+MEMORY = MemoryPlan(
+    available_bytes=0,
+    process_bytes=0,
+    margin_bytes=0,
+    weight_bytes=0,
+    work_bytes=0,
+    kv_bytes_per_token=0,
+    block_size=8,
+    num_blocks=36,
+    max_model_len=96,
+)
+
+SIZES = {
+    "vocab_size": 98,  # no multiple of three or four
+    "hidden_size": 48,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Each rank has its own KV heads, or with four ranks one together with another.
+NUM_KV_HEADS = {2: 6, 3: 3, 4: 2}
+GEMMA = {"tie_word_embeddings": True, "sliding_window": 8, "query_pre_attn_scalar": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"attention_bias": True},
+    "Mistral": {"sliding_window": 16, "num_key_value_heads": 1},  # which all ranks have
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {},
+    "Gemma2": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0},
+    "Gemma3": GEMMA | {"num_hidden_layers": 6},
+}
+# Between logits of which the largest are about 5, of several ranks and of one.
+MAX_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 0.3, torch.float16: 0.04}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Running ranks."""
+
+    size: int
+    ranks: Ranks
+
+
+@pytest.fixture(scope="module", params=NUM_KV_HEADS, ids="{} ranks".format)
+def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
+    """So many ranks, of which this process is the first."""
+    num_threads = torch.get_num_threads()
+    ranks = Ranks(request.param, CPU)
+    yield Shared(request.param, ranks)
+    ranks.close()
+    torch.set_num_threads(num_threads)
+
+
+def save(family: str, size: int, folder: Path) -> Path:
+    """A random model that `size` ranks can share, with random numbers where transformers begins with zeros and ones."""
+    torch.manual_seed(0)
+    options = SIZES | {"num_key_value_heads": NUM_KV_HEADS[size]} | FAMILIES[family]
+    config = getattr(transformers, f"{family}{'TextConfig' if family == 'Gemma3' else 'Config'}")(**options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(path: Path, shared: Shared | None, dtype: torch.dtype = torch.float32) -> ModelRunner:
+    """The model in one process, or in those that there are."""
+    checkpoint = read_checkpoint(path)
+    steps: Steps
+    if shared is None:
+        steps = load_torch_steps(checkpoint, MEMORY, dtype=dtype, device=CPU, on_progress=lambda *_: None)
+    else:
+        steps = shared.ranks.load(checkpoint, MEMORY, dtype=dtype, num_threads=1, on_progress=lambda *_: None)
+    return ModelRunner(steps, seed=0)
+
+
+def piece(start: int, end: int, first_block: int = 0) -> ScheduledRequest:
+    blocks = tuple(range(first_block, first_block + 12))
+    return ScheduledRequest("a", TOKENS[start:end], start, blocks, needs_token=True, sampling=GREEDY)
+
+
+def all_logits(runner: ModelRunner, *pieces: ScheduledRequest) -> torch.Tensor:
+    return runner.forward(StepPlan(0, pieces), every_token=True).float()
+
+
+def greedy(runner: ModelRunner, num_tokens: int) -> list[int]:
+    """The answer to the first twenty of TOKENS."""
+    request = piece(0, 20)
+    tokens = []
+    for step in range(num_tokens):
+        (result,) = runner.execute(StepPlan(step, (request,))).results
+        assert result.token_id is not None, result.error
+        tokens.append(result.token_id)
+        request = ScheduledRequest(
+            "a", (result.token_id,), 20 + step, request.block_ids, needs_token=True, sampling=GREEDY
+        )
+    return tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_compute_what_one_computes(shared: Shared, tmp_path: Path, family: str) -> None:
+    path = save(family, shared.size, tmp_path)
+    for dtype, max_error in MAX_ERRORS.items():
+        alone = load(path, None, dtype)
+        expected, expected_tokens = all_logits(alone, piece(0, 70)), greedy(alone, 12)
+        together = load(path, shared, dtype)
+        error = (all_logits(together, piece(0, 70)) - expected).abs().max().item()
+        assert error <= max_error, f"{dtype}: max error {error:.3g} of logits up to {expected.abs().max():.3g}"
+        if dtype == torch.float32:
+            assert greedy(together, 12) == expected_tokens
+
+
+def test_a_float32_result_does_not_depend_on_the_batch_with_ranks_either(shared: Shared, tmp_path: Path) -> None:
+    runner = load(save("Llama", shared.size, tmp_path), shared)
+    whole = all_logits(runner, piece(0, 70))
+    in_pieces = [all_logits(runner, piece(start, end)) for start, end in ((0, 19), (19, 20), (20, 61), (61, 70))]
+    assert torch.equal(torch.cat(in_pieces), whole)
+    company = all_logits(runner, piece(0, 33, first_block=12), piece(0, 70), piece(0, 1, first_block=24))
+    assert torch.equal(company[33:103], whole)
+
+
+def test_copied_blocks_are_copied_on_every_rank(shared: Shared, tmp_path: Path) -> None:
+    runner = load(save("Qwen3", shared.size, tmp_path), shared)
+    expected = all_logits(runner, piece(0, 16))[8:]
+    all_logits(runner, piece(0, 8))
+    runner.forward(StepPlan(0, (piece(0, 1, first_block=20),), ((0, 12),)))
+    assert torch.equal(all_logits(runner, piece(8, 16, first_block=12)), expected)
+
+
+def test_ranks_that_are_there_answer(shared: Shared) -> None:
+    shared.ranks.check()
+    assert len(set(shared.ranks.pids)) == shared.size - 1
