@@ -42,7 +42,6 @@ _ENVIRONMENT_HELP: Final = (
     "the address of a mirror of the hub; XDG_CACHE_HOME, under which models are kept"
 )
 _DEFAULTS: Final = {field.name: field.default for config in (ServerConfig, EngineConfig) for field in fields(config)}
-_COMING_QUANTIZATIONS: Final = ("gptq", "awq", "fp8")  # vLLM has them; refused by name until this engine does
 
 _UNITS: Final = {
     "": 1,
@@ -295,11 +294,10 @@ def _add_numbers(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--quantization",
-        type=_quantization,
+        choices=get_args(Quantization),
         default=_DEFAULTS["quantization"],
-        metavar="METHOD",
-        help="auto: weights stay as the file has them where --dtype auto computes with them; none: they are "
-        "dequantised to --dtype (default: %(default)s)",
+        help="auto: what the model's files say, and weights stay as they are where --dtype auto computes with them; "
+        "none: they are dequantised to --dtype; a method: refuse a model of another one (default: %(default)s)",
     )
 
 
@@ -471,12 +469,3 @@ def _one_stage(text: str) -> int:
             f"{text!r}: pipeline parallelism is not supported; use 1, and --tensor-parallel-size for several devices"
         )
     return 1
-
-
-def _quantization(text: str) -> str:
-    known = get_args(Quantization)
-    if text in known:
-        return text
-    if text in _COMING_QUANTIZATIONS:
-        raise argparse.ArgumentTypeError(f"{text} is not supported yet; use {' or '.join(known)}")
-    raise argparse.ArgumentTypeError(f"{text!r} is no known method; use {' or '.join(known)}")

@@ -15,7 +15,7 @@ from octavo_engine.errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LogFormat = Literal["text", "json"]
-Quantization = Literal["auto", "none"]
+Quantization = Literal["auto", "none", "gptq", "awq", "fp8", "compressed-tensors"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
 # Who comes when so many wait would get the first token after about as many whole answers: better to go elsewhere.
@@ -29,7 +29,7 @@ class EngineConfig:
     model: Path  # a GGUF file on this machine
     served_model_names: tuple[str, ...]  # names that clients may use; the first one is reported
     dtype: DType = "auto"  # of computation and KV cache; auto: planning.choose_cpu_dtype, device.choose_gpu_dtype
-    quantization: Quantization = "auto"  # auto: weights may stay as the file has them; none: dequantised to the dtype
+    quantization: Quantization = "auto"  # auto: as the model's files say; none: dequantised; else what it must be
     tokenizer: Path | None = None  # file with tokenizer and chat template; None: the model's own
     device: Device = "auto"  # auto: cuda where there is a usable GPU, else cpu; an explicit device is never replaced
     tensor_parallel_size: int = 1  # ranks that share the model

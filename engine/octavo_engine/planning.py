@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.weights.gguf import TensorInfo
+    from octavo_engine.weights.quantized import QuantizedTensor
 
 # What the inputs of matrix products are: a --dtype, or int8 where quantised weights stay as they are (docs/cpu.md).
 ComputeDType = Literal["float32", "bfloat16", "float16", "int8"]
@@ -51,7 +52,7 @@ class Model:
         return self.checkpoint.spec
 
     @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
+    def tensors(self) -> tuple[TensorInfo | QuantizedTensor, ...]:
         """Its weights."""
         return tuple(self.checkpoint.tensors.values())
 
@@ -60,7 +61,7 @@ class Model:
         """How most of its numbers are stored."""
         stored: Counter[str] = Counter()
         for tensor in self.tensors:
-            stored[tensor.quant_type.name] += tensor.num_elements
+            stored[tensor.stored_as] += tensor.num_elements
         return stored.most_common(1)[0][0]
 
     @property
@@ -177,7 +178,7 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: Compute
     """
     try:
         check_parallelism(model, config)
-        _refuse_contradictions(config, device)
+        _refuse_contradictions(model, config, device)
         divided = sizing.plan_memory(model.spec, model.tensors, config, dtype=dtype, memory=memory)
     except UserError as error:
         error.facts = model.facts() | error.facts
@@ -260,14 +261,20 @@ def choose_cpu_dtype(model: Model, config: EngineConfig, *, has_library: bool) -
         )
     if config.dtype != "auto":
         return config.dtype
-    stays_quantised = config.quantization == "auto" and any(t.quant_type in NATIVE_GROUP_BYTES for t in model.tensors)
+    stays_quantised = config.quantization != "none" and any(t.quant_type in NATIVE_GROUP_BYTES for t in model.tensors)
     if has_library and stays_quantised:
         return "int8"
     is_bfloat16_deterministic = has_library or not config.deterministic
     return "bfloat16" if resources.has_native_bfloat16() and is_bfloat16_deterministic else "float32"
 
 
-def _refuse_contradictions(config: EngineConfig, device: str) -> None:
+def _refuse_contradictions(model: Model, config: EngineConfig, device: str) -> None:
+    method = model.checkpoint.method
+    if config.quantization not in ("auto", "none", method):
+        raise ConfigError(
+            f"--quantization {config.quantization}: the weights of {model.name} are "
+            f"{model.quantization if method is None else method}; use auto"
+        )
     if device == "cpu" and config.gpu_memory_utilization is not None:
         raise ConfigError(
             f"--gpu-memory-utilization {config.gpu_memory_utilization:g}: the device is a CPU; "

@@ -42,17 +42,7 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
     "--ssl-ca-certs": (None, "a.pem", Path("a.pem"), {}),
     "--revision": (None, "v1", "v1", {}),
     "--dtype": ("auto", "float16", "float16", {"int3": "invalid choice: 'int3'"}),
-    "--quantization": (
-        "auto",
-        "none",
-        "none",
-        {
-            "gptq": "gptq is not supported yet; use auto or none",
-            "awq": "awq is not supported yet; use auto or none",
-            "fp8": "fp8 is not supported yet; use auto or none",
-            "q4": "'q4' is no known method; use auto or none",
-        },
-    ),
+    "--quantization": ("auto", "gptq", "gptq", {"q4": "invalid choice: 'q4'"}),
     "--tokenizer": (None, "t.gguf", Path("t.gguf"), {}),
     "--device": ("auto", "cpu", "cpu", {"tpu": "invalid choice: 'tpu'"}),
     "--tensor-parallel-size": (1, "3", 3, {"two": "not a whole number of at least 1", "0": "of at least 1"}),

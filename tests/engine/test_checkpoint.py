@@ -224,7 +224,6 @@ def test_rotary_embeddings_in_a_gguf_header() -> None:
 REFUSED_OPTIONS = {
     "an unknown architecture": (LLAMA | {"architectures": ["MambaForCausalLM"]}, "architectures is MambaForCausalLM"),
     "another activation": (LLAMA | {"hidden_act": "relu"}, "hidden_act is relu; supported: silu"),
-    "quantised weights": (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
     "a rotation of half a head": (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "an unknown scaling": (LLAMA | {"rope_scaling": {"type": "mrope"}}, "rope_scaling.type is mrope"),
     "biases in the MLP": (LLAMA | {"mlp_bias": True}, "mlp_bias is True"),

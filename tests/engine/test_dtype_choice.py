@@ -11,6 +11,7 @@ from octavo_engine import resources
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 from octavo_engine.planning import Model, choose_cpu_dtype, plan_for_cpu, read_model
+from octavo_engine.weights.gguf import TensorInfo
 from octavo_engine.weights.quant_type import QuantType
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ def model_in(write_tiny_gguf: Any) -> Callable[[QuantType], Model]:
 
     def make(quant_type: QuantType) -> Model:
         tensors = dict(model.checkpoint.tensors)
-        tensors["output.weight"] = replace(tensors["output.weight"], quant_type=quant_type)
+        output = tensors["output.weight"]
+        assert isinstance(output, TensorInfo)
+        tensors["output.weight"] = replace(output, quant_type=quant_type)
         return Model(replace(model.checkpoint, tensors=tensors))
 
     return make

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.plan import StepPlan
     from octavo_engine.sampler import RowRules
-    from octavo_engine.weights.stored import StoredMatrix, WeightSource
+    from octavo_engine.weights.stored import Matrix, WeightSource
 
 _STORED = {torch.float32: QuantType.F32, torch.bfloat16: QuantType.BF16}
 
@@ -225,7 +225,7 @@ class CpuDecoder:
             )
         )
 
-    def _rows(self, stored: StoredMatrix) -> tuple[QuantType, torch.Tensor]:
+    def _rows(self, stored: Matrix) -> tuple[QuantType, torch.Tensor]:
         """The matrix in a type that the library takes: as stored if it multiplies that, otherwise dequantised."""
         if self._compute == "int8" and stored.quant_type in NATIVE_GROUP_BYTES:
             return stored.quant_type, stored.packed

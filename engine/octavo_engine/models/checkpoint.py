@@ -17,6 +17,7 @@ from octavo_engine.models.family import GGUF_NAMES
 from octavo_engine.models.options import Options
 from octavo_engine.models.registry import FAMILIES
 from octavo_engine.weights.gguf import GGUFHeader, read_header
+from octavo_engine.weights.quantized import assemble, scheme_from_config
 from octavo_engine.weights.safetensors import read_tensors
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from octavo_engine.models.family import Family, LayerRole, ModelRole
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.weights.gguf import TensorInfo
+    from octavo_engine.weights.quantized import QuantizedTensor
+    from octavo_engine.weights.safetensors import RawTensor
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +49,11 @@ class Checkpoint:
     path: Path  # the file or folder
     architecture: str  # as the model calls it
     spec: DecoderSpec
-    tensors: Mapping[str, TensorInfo]  # by their names in a text model
+    tensors: Mapping[str, TensorInfo | QuantizedTensor]  # by their names in a text model
     names: Mapping[ModelRole | LayerRole, str]  # by role; `{layer}` is the layer's number
     norm_offset: float  # to be added to the weights of norms
     pairs_adjacent: bool  # rows of queries and keys have the pairs of a rotation side by side, not in halves of a head
+    method: str | None = None  # of quantisation, as config.json calls it
 
     @property
     def num_parameters(self) -> int:
@@ -125,7 +129,8 @@ def _from_folder(folder: Path) -> Checkpoint:
     if (folder / _GENERATION_FILE).is_file():
         options = Options(_GENERATION_FILE, "key ", _read_json(folder / _GENERATION_FILE))
         spec = replace(spec, eos_token_ids=spec.eos_token_ids | _eos_token_ids(options))
-    tensors = _text_tensors(_folder_tensors(folder))
+    scheme = scheme_from_config(Options(CONFIG_FILE, "key ", config))
+    tensors = assemble(_text_tensors(_folder_tensors(folder)), scheme)
     if spec.tied_embeddings:  # some files have the embedding a second time
         tensors.pop(family.config_names["output"], None)
     return Checkpoint(
@@ -136,10 +141,11 @@ def _from_folder(folder: Path) -> Checkpoint:
         names=family.config_names,
         norm_offset=family.config_norm_offset,
         pairs_adjacent=False,
+        method=None if scheme is None else scheme.method,
     )
 
 
-def _folder_tensors(folder: Path) -> dict[str, TensorInfo]:
+def _folder_tensors(folder: Path) -> dict[str, TensorInfo | RawTensor]:
     """All tensors of a folder by their names in its files."""
     if not (folder / _INDEX_FILE).is_file():
         if not (folder / _SINGLE_FILE).is_file():
@@ -162,7 +168,7 @@ def _folder_tensors(folder: Path) -> dict[str, TensorInfo]:
     return {tensor: shards[name][tensor] for tensor, name in file_of.items()}
 
 
-def _text_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+def _text_tensors(tensors: Mapping[str, TensorInfo | RawTensor]) -> dict[str, TensorInfo | RawTensor]:
     """The text model's tensors under the names that they have in a text model.
 
     Left out are the image parts and the rotary frequencies, which old files have and which follow from the spec.

@@ -116,8 +116,6 @@ def plain_from_config(config: Options, *, activation: Activation = "silu") -> De
         config.require(key, {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[activation])
     config.require("mlp_bias", False)
     config.require("pretraining_tp", 1)
-    if "quantization_config" in config:
-        config.unsupported("quantization_config", "is set, but only F32, F16 and BF16 weights are supported")
     rope = rope_from_config(config, head_dim)
     return _checked(
         config,

@@ -65,6 +65,11 @@ class TensorInfo:
         """Numbers in the tensor."""
         return math.prod(self.shape)
 
+    @property
+    def stored_as(self) -> str:
+        """For people."""
+        return self.quant_type.name
+
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:

@@ -1,7 +1,6 @@
 """The ways in which numbers are stored: ggml's type numbers, and how each packs its numbers into blocks. No torch here.
 
-The one place for these names and sizes: the GGUF reader, the dequantisers, the kernels and the memory arithmetic all
-use them.
+The one place for these names and sizes: readers, dequantisers, kernels and the memory arithmetic all use them.
 
 Numbers: ggml's enum ggml_type (ggml.h). Sizes: its block_* structs (ggml-common.h).
 """
@@ -80,3 +79,16 @@ OTHER_TYPE_NAMES = {
     39: "MXFP4",
     40: "NVFP4",
 }
+
+
+class RawType(enum.Enum):
+    """What safetensors files have besides, which are numbers only together with other tensors (quantized.py)."""
+
+    I32 = "I32"
+    I64 = "I64"
+    F8_E4M3 = "F8_E4M3"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one element."""
+        return {RawType.I32: 4, RawType.I64: 8, RawType.F8_E4M3: 1}[self]

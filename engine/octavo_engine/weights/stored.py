@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from octavo_engine.errors import ModelInvalid, ModelUnsupported
 from octavo_engine.weights.gguf_quants import dequantize
+from octavo_engine.weights.grouped import unpack
+from octavo_engine.weights.quantized import QuantizedTensor
+from octavo_engine.weights.safetensors import RawTensor
 from octavo_engine.weights.shard import WHOLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from octavo_engine.models.checkpoint import Checkpoint
@@ -32,9 +35,32 @@ if TYPE_CHECKING:
 _SLICE_ELEMENTS = 4 * 1024 * 1024
 
 
+class Matrix(Protocol):
+    """A weight matrix before it is put into the form that it is multiplied in."""
+
+    @property
+    def quant_type(self) -> QuantType:
+        """How `packed` is packed."""
+        ...
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """Its rows, uint8 [out, row_bytes], contiguous, on the CPU."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Out, in."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The numbers: `dtype` [out, in] on `device`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A weight matrix as the file has it, but its rows in the order that the arithmetic wants."""
+    """A weight matrix as the file has it, but its rows in the order that the arithmetic wants. See Matrix."""
 
     packed: torch.Tensor  # uint8 [out, row_bytes], contiguous, on the CPU; mapped from the file where rows keep order
     quant_type: QuantType  # how a row is stored: in / block_size blocks of block_bytes
@@ -70,9 +96,10 @@ class WeightSource:
         self._on_progress = on_progress
         self._num_bytes_done = 0
         self._num_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
-        self._files = {path: _map(path) for path in {tensor.path for tensor in checkpoint.tensors.values()}}
+        parts = [part for tensor in checkpoint.tensors.values() for part in _parts(tensor)]
+        self._files = {path: _map(path) for path in {part.path for part in parts}}
 
-    def matrix(self, role: ModelRole | LayerRole, shape: tuple[int, int], *, layer: int | None = None) -> StoredMatrix:
+    def matrix(self, role: ModelRole | LayerRole, shape: tuple[int, int], *, layer: int | None = None) -> Matrix:
         """The shard's part of a weight matrix; queries and keys with the pairs of a rotation in the halves of a head.
 
         Args:
@@ -85,6 +112,8 @@ class WeightSource:
         """
         info = self._take(role, shape, layer)
         part = self._shard.part(role, shape, self._checkpoint.spec)
+        if isinstance(info, QuantizedTensor):
+            return unpack(info, {name: self._part(tensor) for name, tensor in info.parts.items()}, part)
         matrix = _cut(StoredMatrix(self._bytes(info).view(shape[0], -1), info.quant_type, shape), part)
         if role in ("q", "k") and self._checkpoint.pairs_adjacent:
             return replace(matrix, packed=_in_halves(matrix.packed, self._checkpoint.spec.head_dim))
@@ -102,6 +131,7 @@ class WeightSource:
             ModelInvalid: the files have no such tensor, or it has another shape.
         """
         info = self._take(role, (size,), layer)
+        assert not isinstance(info, QuantizedTensor), "those are matrices"
         part = self._shard.part(role, (size,), self._checkpoint.spec)
         numbers = dequantize(self._bytes(info), info.quant_type)[part.start : part.stop]
         if role.endswith("norm"):
@@ -117,13 +147,24 @@ class WeightSource:
             ModelUnsupported: names the first of them.
         """
         self._on_progress(self._num_bytes, self._num_bytes)
-        for info in self._unread.values():
+        for name, info in self._unread.items():
+            if self._is_empty_bias(name, info):
+                continue
             raise ModelUnsupported(
                 f"{info.path.name}: tensor {info.name} ({len(self._unread)} in all) "
                 "is not part of this architecture as this engine knows it"
             )
 
-    def _take(self, role: ModelRole | LayerRole, shape: tuple[int, ...], layer: int | None) -> TensorInfo:
+    def _is_empty_bias(self, name: str, info: TensorInfo | QuantizedTensor) -> bool:
+        """Whether it is one of the biases that AutoGPTQ writes to every quantised matrix: zeros where there is none."""
+        if isinstance(info, QuantizedTensor) or not name.endswith(".bias"):
+            return False
+        matrix = self._checkpoint.tensors.get(f"{name.removesuffix('bias')}weight")
+        return isinstance(matrix, QuantizedTensor) and not dequantize(self._bytes(info), info.quant_type).any()
+
+    def _take(
+        self, role: ModelRole | LayerRole, shape: tuple[int, ...], layer: int | None
+    ) -> TensorInfo | QuantizedTensor:
         self._on_progress(self._num_bytes_done, self._num_bytes)
         name = self._checkpoint.names[role].format(layer=layer)
         info = self._unread.pop(name, None)
@@ -137,9 +178,19 @@ class WeightSource:
         self._num_bytes_done += info.num_bytes
         return info
 
-    def _bytes(self, info: TensorInfo) -> torch.Tensor:
+    def _part(self, info: TensorInfo | RawTensor) -> torch.Tensor:
+        """A tensor of a quantised matrix: its bytes, or scales as float32 in their shape."""
+        if isinstance(info, RawTensor):
+            return self._bytes(info)
+        return dequantize(self._bytes(info), info.quant_type).view(info.shape)
+
+    def _bytes(self, info: TensorInfo | RawTensor) -> torch.Tensor:
         """The tensor's own bytes in the mapping, uint8 [num_bytes]."""
         return torch.frombuffer(self._files[info.path], dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
+
+
+def _parts(tensor: TensorInfo | QuantizedTensor) -> Iterable[TensorInfo | RawTensor]:
+    return tensor.parts.values() if isinstance(tensor, QuantizedTensor) else (tensor,)
 
 
 def _map(path: Path) -> mmap.mmap:

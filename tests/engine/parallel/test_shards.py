@@ -22,12 +22,13 @@ from octavo_engine.steps import load_torch_steps
 from octavo_engine.weights.gguf import read_header
 from octavo_engine.weights.quant_type import QuantType
 from octavo_engine.weights.shard import Shard
-from octavo_engine.weights.stored import StoredMatrix, WeightSource
+from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from octavo_engine.models.family import LayerRole, ModelRole
+    from octavo_engine.weights.stored import Matrix
 
 CPU = torch.device("cpu")
 SPEC = DecoderSpec(
@@ -48,7 +49,7 @@ SPEC = DecoderSpec(
 )
 
 
-def part(path: Path, role: ModelRole | LayerRole, shape: tuple[int, int], shard: Shard) -> StoredMatrix:
+def part(path: Path, role: ModelRole | LayerRole, shape: tuple[int, int], shard: Shard) -> Matrix:
     """One rank's part of the only tensor of a file, in a role."""
     checkpoint = Checkpoint(
         path=path,
