@@ -58,7 +58,9 @@ async def test_a_rank_that_is_killed_under_load_is_told_by_name_and_ends_the_ser
         await asyncio.to_thread(ends_with_all_its_processes, served, wait_until, pids)
 
 
-@pytest.mark.parametrize("num_users", [0, 4], ids=["idle", "under load"])
+@pytest.mark.parametrize(
+    "num_users", [pytest.param(0, id="idle"), pytest.param(4, id="under load", marks=pytest.mark.long)]
+)
 async def test_a_rank_that_is_stopped_is_told_by_name_and_ends_the_server(
     start: Callable[..., ServedModel], wait_until: WaitUntil, load: MakeLoad, num_users: int
 ) -> None:
