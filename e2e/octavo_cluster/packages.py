@@ -32,6 +32,7 @@ PACKAGES = (
     Package("iproute2", "/usr/sbin/ip"),
     Package("buildah", "/usr/bin/buildah"),
     Package("debootstrap", "/usr/sbin/debootstrap"),
+    Package("docker-registry", "/usr/bin/docker-registry"),  # the engine's tests pull from it and push to it
 )
 
 

@@ -33,13 +33,19 @@ if TYPE_CHECKING:
 
     Command = Callable[[argparse.Namespace], None]
 
+# Where a server of many models listens, which is a laptop's: Ollama's address.
+LOCAL_ADDRESS: Final[Mapping[str, str | int]] = {"host": "127.0.0.1", "port": 11434}
+_LOCAL_URL: Final = "http://{host}:{port}".format(**LOCAL_ADDRESS)
+SHELLS: Final = ("bash", "zsh", "fish")
 _MODEL_HELP: Final = (
-    "a .gguf file, a name from `octavo list`, a short name (smollm2), "
-    "hf://ORG/REPO[@REVISION]:FILE.gguf or https://.../FILE.gguf; what is not here yet is pulled"
+    "a .gguf file or a folder, a name from `octavo list`, a name as Ollama has it (llama3.2, qwen3:0.6b, "
+    "hf.co/ORG/REPO:Q4_K_M) or as vLLM has it (ORG/REPO), or a source: hf://, https://, ollama://, oci://, s3://; what "
+    "is not here yet is pulled"
 )
 _ENVIRONMENT_HELP: Final = (
-    "environment: HF_TOKEN, the Hugging Face hub's token for gated and private repositories; HF_ENDPOINT, "
-    "the address of a mirror of the hub; XDG_CACHE_HOME, under which models are kept"
+    "environment: HF_TOKEN, the Hugging Face hub's token for gated and private repositories (else that of "
+    "`hf auth login`); HF_ENDPOINT, the address of a mirror of the hub; AWS_*, as AWS' own client has them; "
+    "XDG_CACHE_HOME, under which models are kept"
 )
 _DEFAULTS: Final = {field.name: field.default for config in (ServerConfig, EngineConfig) for field in fields(config)}
 
@@ -69,8 +75,14 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         command.set_defaults(command=commands[name], log_level=log_level, termination_log=None)
         return command
 
-    serve = add("serve", "serve a model over HTTP", log_level=logging.INFO, epilog=_ENVIRONMENT_HELP)
-    _add_model(serve)
+    serve = add("serve", "serve a model over HTTP, or all", log_level=logging.INFO, epilog=_ENVIRONMENT_HELP)
+    serve.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help=f"{_MODEL_HELP} (default: every model of the store, each loaded when it is asked for, as Ollama does)",
+    )
+    _add_revision(serve)
     _add_server_options(serve)
     _add_access_options(serve)
     _add_engine_options(serve)
@@ -101,9 +113,19 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     pull = add("pull", "fetch a model", epilog=_ENVIRONMENT_HELP)
     pull.add_argument(
-        "source", metavar="SOURCE", help="a short name, hf://ORG/REPO[@REVISION]:FILE.gguf or https://..."
+        "source",
+        metavar="SOURCE",
+        help="a name as Ollama or vLLM has it, hf://ORG/REPO[@REVISION][:FILE.gguf|:QUANTISATION|:PATTERNS], "
+        "https://.../FILE.gguf, ollama://[HOST/]NAME[:TAG], oci://HOST/REPOSITORY[:TAG] or s3://BUCKET/KEY",
     )
     pull.add_argument("--output", type=Path, metavar="PATH", help="where to put it (default: the local store)")
+    pull.add_argument("--host", default=_DEFAULTS["host"], help="address for --port (default: %(default)s)")
+    pull.add_argument(
+        "--port",
+        type=whole(0, 65535),
+        metavar="PORT",
+        help="answer /ready with how far the pull is, as `octavo serve` does (default: nobody is told)",
+    )
     _add_revision(pull)
     _add_termination_log(pull)
 
@@ -134,6 +156,9 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     remove = add("rm", "delete models from the local store")
     remove.add_argument("models", metavar="MODEL", nargs="+", help="a name from `octavo list`")
+
+    _add_ps(add("ps", "list the models that a server has in memory"))
+    _add_completion(add("completion", "print what makes a shell complete this command's words"))
     return parser
 
 
@@ -156,6 +181,17 @@ class Parser(argparse.ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._intermixing = False
+
+
+def _add_ps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default=_LOCAL_URL, help="of the server (default: %(default)s)")
+    parser.add_argument("--api-key", type=_api_key, metavar="KEY", help="that it wants (default: none)")
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "shell", choices=SHELLS, help='for bash: eval "$(octavo completion bash)" in ~/.bashrc; zsh and fish alike'
+    )
 
 
 # Options that several commands have
@@ -183,9 +219,13 @@ def _add_termination_log(parser: argparse._ActionsContainer) -> None:
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default=_DEFAULTS["host"], help="address to listen on (default: %(default)s)")
     group.add_argument(
-        "--port", type=whole(0, 65535), default=_DEFAULTS["port"], help="0: any free one (default: %(default)s)"
+        "--host", help=f"address to listen on (default: {_DEFAULTS['host']}; without MODEL {LOCAL_ADDRESS['host']})"
+    )
+    group.add_argument(
+        "--port",
+        type=whole(0, 65535),
+        help=f"0: any free one (default: {_DEFAULTS['port']}; without MODEL {LOCAL_ADDRESS['port']}, as Ollama)",
     )
     group.add_argument(
         "--served-model-name",
@@ -215,6 +255,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         "--old-metrics",
         action="store_true",
         help="/metrics has the names that vLLM gave up too, for dashboards that ask for them (default: off)",
+    )
+    group.add_argument(
+        "--profiles",
+        type=Path,
+        metavar="PATH",
+        help="serve MODEL under further names too, each with a system message, parameters, a template and messages of "
+        "its own, as this JSON or YAML file lists them; it is read again when it changes (default: none)",
     )
     group.add_argument(
         "--max-num-queued-reqs",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from octavo_engine import logs
-from octavo_engine.arguments import build_parser
+from octavo_engine.arguments import LOCAL_ADDRESS, build_parser
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.errors import ConfigError, EngineDead, ModelfileInvalid, SourceUnreachable, UserError
 
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
-    from octavo_engine.modelfile import Modelfile
     from octavo_engine.parameters import Parameters
     from octavo_engine.planning import Model
     from octavo_engine.store.local import Location
-    from octavo_engine.store.pull import Hub
+    from octavo_engine.store.remote import Hub, Progress
 
 # ruff: noqa: PLC0415 - commands import what they need when they run; the module docstring tells why
 # ruff: noqa: T201 - printing is what this is for
@@ -62,13 +61,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    if options.model is None:
+        from octavo_engine.server.run import serve_many
+
+        for name in ("served_model_name", "revision", "tokenizer", "profiles"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for one model: give it, or leave the option out")
+        engine = EngineConfig(**(_engine_options(options) | {"model": _store(), "served_model_names": ()}))
+        serve_many(_server_config(options, engine, LOCAL_ADDRESS), _store(), _hub(os.environ))
+        return
     from octavo_engine import transport
 
     location = _locate(options.model, options.revision)
-    config = ServerConfig(
-        engine=_engine_config(options, location, tuple(options.served_model_name or [location.name])),
-        host=options.host,
-        port=options.port,
+    engine = _engine_config(options, location, tuple(options.served_model_name or [location.name]))
+    config = _server_config(options, engine, {})
+    # The engine's imports take seconds, and so do those of the server: they run beside each other.
+    started = None if location.is_missing else transport.spawn(engine)
+    from octavo_engine.server.run import serve
+
+    serve(config, location, _hub(os.environ), started)
+
+
+def _server_config(options: argparse.Namespace, engine: EngineConfig, address: Mapping[str, str | int]) -> ServerConfig:
+    """The options of the server; `address` is where it listens unless they say otherwise."""
+    given = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
+    listening: dict[str, Any] = {**address, **given}
+    return ServerConfig(
+        **listening,
+        engine=engine,
+        profiles=options.profiles,
         max_num_queued_reqs=options.max_num_queued_reqs,
         scheduling_policy=options.scheduling_policy,
         shutdown_timeout=options.shutdown_timeout,
@@ -84,11 +105,6 @@ def _serve(options: argparse.Namespace) -> None:
         ssl_certfile=options.ssl_certfile,
         ssl_ca_certs=options.ssl_ca_certs,
     )
-    # The engine's imports take seconds, and so do those of the server: they run beside each other.
-    started = None if location.is_missing else transport.spawn(config.engine)
-    from octavo_engine.server.run import serve
-
-    serve(config, location, _hub(os.environ), started)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -101,13 +117,13 @@ def _run(options: argparse.Namespace) -> None:
         prompt = "\n\n".join(part for part in (prompt, sys.stdin.read().strip()) if part)
         if not prompt:
             raise ConfigError("there is no prompt: give one as an argument, or write it to standard input")
-    _pull_if_missing(location)
+    location = _pull_if_missing(location)
     config = _engine_config(options, location, (location.name,))
     if sys.stderr.isatty():
         print(f"loading {location.name} ...", file=sys.stderr)
     parameters: Parameters = {} if options.temperature is None else {"temperature": options.temperature}
     told = Modelfile(source=location.name, system=options.system or "", parameters=parameters)
-    with Chat(config, told.over(_modelfile_of(location))) as chat:
+    with Chat(config, told.over(location.own_modelfile())) as chat:
         if prompt:
             print_answer(chat, prompt)
         else:
@@ -135,15 +151,18 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _pull(options: argparse.Namespace) -> None:
+    from octavo_engine.store.waiting import telling
+
     location = _locate(options.source, options.revision)
     if location.source is None:
         raise ConfigError(f"{options.source} is on this machine already: {location.path}")
     if options.output is not None:
         output = options.output / location.path.name if options.output.is_dir() else options.output
-        location = replace(location, path=output)
-    with contextlib.suppress(SourceUnreachable):  # the pull itself tries again and again
-        _read_model(location)  # what this engine cannot run is not worth its download
-    _pull_if_missing(location)
+        location = replace(location, path=output, store=None)
+    with telling(options.host, options.port) as server:
+        with contextlib.suppress(SourceUnreachable):  # the pull itself tries again and again
+            _read_model(location)  # what this engine cannot run is not worth its download
+        location = _pull_if_missing(location, server.tell)
     model = _read_model(location)
     print(location.path)
     if options.termination_log is not None:
@@ -156,6 +175,7 @@ def _create(options: argparse.Namespace) -> None:
     from octavo_engine.store import derived
     from octavo_engine.store.local import locate
 
+    derived.path_of(options.name, _store())  # a name that cannot be is told before anything is fetched
     try:
         modelfile = parse_modelfile(options.file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -163,14 +183,14 @@ def _create(options: argparse.Namespace) -> None:
     except ModelfileInvalid as error:
         raise ModelfileInvalid(f"{options.file}: {error}") from error
     beside = options.file.resolve().parent / modelfile.source
-    location = locate(str(beside) if beside.exists() else modelfile.source, _store())
-    path = derived.save(options.name, modelfile.over(_modelfile_of(location)), _store())
+    location = _pull_if_missing(locate(str(beside) if beside.exists() else modelfile.source, _store()))
+    path = derived.save(options.name, modelfile.over(location.own_modelfile()), _store())
     print(f"created {options.name} ({path})")
 
 
 def _show(options: argparse.Namespace) -> None:
     location = _locate(options.model, options.revision)
-    modelfile = _modelfile_of(location)
+    modelfile = location.own_modelfile()
     if options.modelfile:
         print(modelfile.render(), end="")
         return
@@ -185,7 +205,7 @@ def _show(options: argparse.Namespace) -> None:
 def _cp(options: argparse.Namespace) -> None:
     from octavo_engine.store import derived
 
-    derived.save(options.destination, _modelfile_of(_locate(options.model, None)), _store())
+    derived.save(options.destination, _locate(options.model, None).own_modelfile(), _store())
     print(f"copied {options.model} to {options.destination}")
 
 
@@ -211,15 +231,34 @@ def _rm(options: argparse.Namespace) -> None:
         print(f"removed {remove(model, _store())}")
 
 
+def _ps(options: argparse.Namespace) -> None:
+    import httpx
+
+    try:
+        answer = httpx.get(f"{options.url.rstrip('/')}/api/ps", headers=_key_header(options.api_key))
+        answer.raise_for_status()
+        models = answer.json()["models"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
+        raise SourceUnreachable(f"--url {options.url}: {error}; `octavo serve` starts a server") from error
+    width = max([len("NAME"), *(len(model["name"]) for model in models)])
+    print(f"{'NAME':{width}}  {'SIZE':>9}  {'CONTEXT':>9}  UNTIL")
+    for model in models:
+        until = "for ever" if model["expires_at"].startswith("9999") else model["expires_at"][:19].replace("T", " ")
+        size = f"{model['size'] / 1e6:.0f} MB"
+        print(f"{model['name']:{width}}  {size:>9}  {model['context_length']:9,}  {until}")
+
+
+def _key_header(api_key: str | None) -> dict[str, str]:
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from octavo_engine.completion import script
+
+    print(script(options.shell, build_parser(_COMMANDS)), end="")
+
+
 # From options to configuration
-
-
-def _modelfile_of(location: Location) -> Modelfile:
-    """The model's Modelfile; of one without, that which makes the model of itself."""
-    from octavo_engine.modelfile import Modelfile
-
-    source = location.source.text if location.source is not None else str(location.path.resolve())
-    return location.modelfile or Modelfile(source=source)
 
 
 def _read_model(location: Location) -> Model:
@@ -227,36 +266,48 @@ def _read_model(location: Location) -> Model:
     from octavo_engine.planning import read_model
 
     if location.source is None or not location.is_missing:
-        return read_model(location.path)
-    from octavo_engine.store.header import fetch_header
+        return read_model(location.model)
+    from octavo_engine.store.header import fetch_headers
 
     with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
-        return read_model(asyncio.run(fetch_header(location.source, Path(folder), hub=_hub(os.environ))))
+        return read_model(asyncio.run(fetch_headers(location.source, Path(folder), hub=_hub(os.environ))))
 
 
-def _pull_if_missing(location: Location) -> None:
+def _pull_if_missing(location: Location, also: Progress = lambda _done, _total: None) -> Location:
+    """Pull the model if it is not here; return where it is, with what came along. `also` is told how far it is."""
     from octavo_engine.store.progress import ProgressLine
     from octavo_engine.store.pull import pull
 
     if location.source is None or not location.is_missing:
-        return
-    progress = ProgressLine(location.path.name, sys.stderr)
+        return location
+    line = ProgressLine(location.name, sys.stderr)
+
+    def show(done: int, total: int | None) -> None:
+        line.show(done, total)
+        also(done, total)
+
     asyncio.run(
         pull(
             location.source,
             location.path,
             hub=_hub(os.environ),
+            store=location.store,
             sha256=location.sha256,
-            on_progress=progress.show,
+            on_progress=show,
         )
     )
+    return location.found()
 
 
 def _locate(model: str, revision: str | None) -> Location:
-    from octavo_engine.store.local import locate
+    """Find the model, and say what a short name was taken for."""
+    from octavo_engine.store.local import CATALOGUE, locate
     from octavo_engine.store.source import at_revision
 
-    return locate(at_revision(model, revision) if revision is not None else model, _store())
+    location = locate(at_revision(model, revision) if revision is not None else model, _store())
+    if location.source is not None and model not in CATALOGUE and location.source.text != model:
+        print(f"{model}: taken as {location.source.text}", file=sys.stderr)
+    return location
 
 
 def _store() -> Path:
@@ -266,19 +317,27 @@ def _store() -> Path:
 
 
 def _hub(environment: Mapping[str, str]) -> Hub:
-    from octavo_engine.store.pull import Hub
+    """The hub, with the token of the environment or of `hf auth login` (huggingface_hub's names and places)."""
+    from octavo_engine.store.remote import Hub
     from octavo_engine.store.source import HUB
 
-    return Hub(endpoint=environment.get("HF_ENDPOINT") or HUB, token=environment.get("HF_TOKEN") or None)
+    token = environment.get("HF_TOKEN", "")
+    if not token:
+        cache = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "/")) / ".cache")
+        home = Path(environment.get("HF_HOME") or cache / "huggingface")
+        with contextlib.suppress(OSError, ValueError):
+            token = Path(environment.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8")
+    return Hub(endpoint=environment.get("HF_ENDPOINT") or HUB, token=token.strip() or None)
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Every option of the engine is a field of its configuration, under the same name."""
+    return {field.name: getattr(options, field.name) for field in fields(EngineConfig) if field.name in options}
 
 
 def _engine_config(options: argparse.Namespace, location: Location, names: tuple[str, ...]) -> EngineConfig:
-    """Every option of the engine is a field of its configuration, under the same name."""
-    given = {field.name: getattr(options, field.name) for field in fields(EngineConfig) if field.name in options}
-    context = location.modelfile.parameters.get("num_ctx") if location.modelfile is not None else None
-    if given.get("max_model_len") is None and context is not None:
-        given["max_model_len"] = context
-    return EngineConfig(**(given | {"model": location.path, "served_model_names": names}))
+    given = _engine_options(options) | {"model": location.path, "served_model_names": names}
+    return location.configure(EngineConfig(**given))
 
 
 def _told(error: UserError | EngineDead) -> dict[str, Any]:
@@ -308,4 +367,6 @@ _COMMANDS: Final = {
     "list": _list,
     "cp": _cp,
     "rm": _rm,
+    "ps": _ps,
+    "completion": _completion,
 }

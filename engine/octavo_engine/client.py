@@ -129,6 +129,11 @@ class EngineClient:
         return await asyncio.shield(self._death)
 
     @property
+    def pid(self) -> int:
+        """The process id of the engine."""
+        return self._process.pid
+
+    @property
     def problem(self) -> str | None:
         """Why the engine cannot be counted on, or None."""
         if self._death.done():

@@ -60,6 +60,7 @@ class ServerConfig:
     engine: EngineConfig
     host: str = "0.0.0.0"  # noqa: S104 - a server in a pod listens on every address
     port: int = 8000
+    profiles: Path | None = None  # a file of further names for the model; read again when it changes
     max_num_queued_reqs: int | None = None  # requests that may wait to be scheduled; None: four for each running one
     scheduling_policy: SchedulingPolicy = "fcfs"  # priority: requests may say that they go before others, or after
     shutdown_timeout: float = 300.0  # seconds that running requests get to finish after SIGTERM

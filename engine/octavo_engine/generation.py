@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine.answer import Answer
@@ -82,13 +82,25 @@ class TextModel:
         """
         tokenizer = load_tokenizer(path)
         source = tokenizer.chat_template if chat_template is None else _read_template(chat_template)
-        template = ChatTemplate(source, tokenizer) if source else None
+        text = cls(tokenizer, ChatTemplate(source, tokenizer) if source else None)
         if modelfile is None:
-            return cls(tokenizer, template)
-        if modelfile.template and chat_template is None:
-            template = ChatTemplate(modelfile.template, tokenizer, "go")
+            return text
+        return text.with_modelfile(modelfile if chat_template is None else replace(modelfile, template=""))
+
+    def with_modelfile(self, modelfile: Modelfile) -> TextModel:
+        """Return what a Modelfile makes of it: what that does not say stays.
+
+        Raises:
+            ModelfileInvalid: its template is wrong.
+        """
         opening = tuple({"role": role, "content": content} for role, content in modelfile.messages)
-        return cls(tokenizer, template, modelfile.system, opening, modelfile.parameters)
+        return TextModel(
+            self.tokenizer,
+            ChatTemplate(modelfile.template, self.tokenizer, "go") if modelfile.template else self.template,
+            modelfile.system or self.system,
+            opening or self.opening,
+            self.parameters | modelfile.parameters,
+        )
 
 
 class LanguageModel:
@@ -103,11 +115,16 @@ class LanguageModel:
     def __init__(self, client: EngineClient, facts: EngineFacts, text: TextModel) -> None:
         self.facts = facts
         self._client = client
+        self._text = text
         self._tokenizer = text.tokenizer
         self._template = text.template
         self.parameters = text.parameters
         self._system = text.system
         self._opening = text.opening
+
+    def with_modelfile(self, modelfile: Modelfile) -> LanguageModel:
+        """Return another model of the same engine, which a Modelfile makes of this one. Raises as TextModel's."""
+        return LanguageModel(self._client, self.facts, self._text.with_modelfile(modelfile))
 
     @property
     def has_template(self) -> bool:

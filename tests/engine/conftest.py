@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ import pytest
 from octavo_cluster.model import demo_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
     from openai import AsyncOpenAI, OpenAI
@@ -131,6 +133,29 @@ def serve() -> Serve:
 def wait_until_fixture() -> Callable[..., None]:
     """Poll until a condition holds, for at most so many seconds."""
     return wait_until
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Debian's registry of container images on this machine; gives its address."""
+    folder = tmp_path_factory.mktemp("registry")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    config = {
+        "version": "0.1",
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+    }
+    (folder / "config.yml").write_text(json.dumps(config))
+    command = ["docker-registry", "serve", str(folder / "config.yml")]
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, stderr=log, stdout=log) as process:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:  # half a second, doubled each time
+                assert client.get(f"http://127.0.0.1:{port}/v2/").status_code == 200
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="session")

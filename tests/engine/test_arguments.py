@@ -16,14 +16,15 @@ from octavo_engine.cli import main
 from octavo_engine.config import EngineConfig, ServerConfig
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("serve", "run", "plan", "pull", "create", "show", "list", "cp", "rm")
+NAMES = ("serve", "run", "plan", "pull", "create", "show", "list", "cp", "rm", "ps", "completion")
 COMMANDS = {name: lambda _: None for name in NAMES}
 
 # Every option of `octavo serve`: what it is without the flag, a value that it takes and what becomes of it, and values
 # that it refuses with what the refusal says.
 SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
-    "--host": ("0.0.0.0", "127.0.0.1", "127.0.0.1", {}),  # noqa: S104 - the default is what is tested
-    "--port": (8000, "0", 0, {"70000": "not a whole number from 0 to 65535", "x": "not a whole number"}),
+    "--host": (None, "127.0.0.1", "127.0.0.1", {}),  # where it listens then depends on MODEL: test_cli.py
+    "--port": (None, "0", 0, {"70000": "not a whole number from 0 to 65535", "x": "not a whole number"}),
+    "--profiles": (None, "p.json", Path("p.json"), {}),
     "--served-model-name": (None, "org/m", ["org/m"], {}),
     "--log-format": ("text", "json", "json", {"xml": "invalid choice: 'xml'"}),
     "--otlp-traces-endpoint": (None, "http://c:4318/v1/traces", "http://c:4318/v1/traces", {}),
@@ -121,7 +122,7 @@ def test_an_option_refuses_what_it_cannot_take_by_name(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve"], "MODEL"),
+        (["plan"], "MODEL"),
         (["serve", "m", "--gpu-memory", "1"], "--gpu-memory"),
         (["serve", "m", "--max-model", "5"], "--max-model"),
         (["run", "m", "--temperature", "3"], "argument --temperature"),

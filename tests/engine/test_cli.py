@@ -8,10 +8,13 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import httpx
 import pytest
 
 import octavo_engine
 from octavo_engine.cli import main
+from octavo_engine.errors import ConfigError
+from octavo_engine.store.waiting import telling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +126,7 @@ def test_a_pulled_model_is_listed_and_removed(home: Path, capsys: pytest.Capture
     assert status_of("pull", "hf://org/repo:m.gguf") == 0
     out, err = capsys.readouterr()
     assert out == f"{home}/hf/org/repo/main/m.gguf\n"
-    assert "m.gguf: 100 %" in err
+    assert "m: 100 %" in err
     assert status_of("list") == 0
     assert "hf/org/repo/main/m" in capsys.readouterr().out
     assert status_of("rm", "hf/org/repo/main/m") == 0
@@ -269,10 +272,9 @@ def test_a_model_is_made_of_another_shown_copied_and_removed(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("FROM nothing-there", "there is no model 'nothing-there'"),
+        ("FROM ./nothing-there.gguf", "nothing-there.gguf is not there"),
         ("FROM x\nADAPTER y", "Modelfile: line 2: ADAPTER is not supported"),
         (None, "No such file"),
-        ("FROM smollm2", "'../m' cannot name a model"),
     ],
 )
 def test_a_modelfile_that_cannot_be_used_is_told(
@@ -281,9 +283,107 @@ def test_a_modelfile_that_cannot_be_used_is_told(
     modelfile = tmp_path / "Modelfile"
     if text is not None:
         modelfile.write_text(text)
-    with pytest.raises(SystemExit):
-        main(["create", "../m", "--file", str(modelfile)])
+    assert status_of("create", "m", "--file", str(modelfile)) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_name_that_no_model_can_have_is_told_before_anything_is_fetched(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "Modelfile").write_text("FROM smollm2\n")
+    assert status_of("create", "../m", "--file", str(tmp_path / "Modelfile")) == 1
+    assert "'../m' cannot name a model" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_short_name_is_told_as_what_it_was_taken_for(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("pull", "hf.co/org/repo:m.gguf") == 0
+    assert "hf.co/org/repo:m.gguf: taken as hf://org/repo:m.gguf\n" in capsys.readouterr().err
+    assert status_of("pull", "hf://org/repo:m.gguf") == 0
+    assert "taken as" not in capsys.readouterr().err
+
+
+def test_the_token_of_hf_auth_login_is_used(hub: bytes, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert status_of("pull", "hf://org/repo:m.gguf") == 1
+    token = home.parents[1] / "huggingface" / "token"
+    token.parent.mkdir()
+    token.write_text("t0ken\n")
+    assert status_of("pull", "hf://org/repo:m.gguf") == 0
+
+
+def test_a_pull_tells_how_far_it_is_on_a_port() -> None:
+    with telling("127.0.0.1", 0) as server:
+        assert httpx.get(f"{server.url}/ready").json()["phase"] == "Starting"
+        server.tell(25, 100)
+        answer = httpx.get(f"{server.url}/ready")
+        assert (answer.status_code, answer.json()["phase"]) == (503, "Downloading")
+        assert (answer.json()["done"], answer.json()["total"]) == (25, 100)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/else").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["serve"], ("127.0.0.1", 11434)),
+        (["serve", "--port", "1234"], ("127.0.0.1", 1234)),
+        (["serve", "{model}"], ("0.0.0.0", 8000)),  # noqa: S104 - what is tested
+        (["serve", "{model}", "--host", "::1"], ("::1", 8000)),
+    ],
+)
+def test_a_server_of_many_models_listens_where_ollama_does_and_of_one_where_vllm_does(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_tiny_gguf: Any,
+    arguments: list[str],
+    expected: tuple[str, int],
+) -> None:
+    listened = []
+
+    def listen(host: str, port: int) -> None:
+        listened.append((host, port))
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr("octavo_engine.server.run.listen", listen)
+    monkeypatch.setattr("octavo_engine.transport.spawn", lambda _config: None)  # nobody is to answer
+    assert status_of(*(text.format(model=write_tiny_gguf()) for text in arguments)) == 1
+    assert listened == [expected]
+
+
+def test_options_of_one_model_are_refused_without_a_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("serve", "--served-model-name", "x") == 1
+    assert "--served-model-name is for one model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_are_told_the_commands_options_and_choices(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run_for_output(capsys, "completion", shell)
+    for word in ("serve", "completion", "max-model-len", "bfloat16", "octavo list"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["octavo", "pl"], ["plan"]),
+        (["octavo", "serve", "--dtyp"], ["--dtype"]),
+        (["octavo", "serve", "--dtype", "bf"], ["bfloat16"]),
+        (["octavo", "completion", "z"], ["zsh"]),
+    ],
+)
+def test_bash_completes_what_is_begun(line: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = " ".join(line)
+    program = run_for_output(capsys, "completion", "bash") + (
+        f'COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}; octavo() {{ true; }}; _octavo; echo "${{COMPREPLY[@]}}"'
+    )
+    result = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == expected
+
+
+def test_what_a_server_has_loaded_is_asked_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("ps", "--url", "http://127.0.0.1:1") == 1
+    assert "`octavo serve` starts a server" in capsys.readouterr().err
 
 
 def run_for_output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The FastAPI application over a Service: routes, error envelope, request ids, bounds of bodies and connections."""
+"""The FastAPI application over a Front: routes, error envelope, request ids, bounds of bodies and connections."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import octavo_engine
 from octavo_engine.logs import HTTP_REQUEST_ID
 from octavo_engine.server import envelope, health, openapi
 from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
+from octavo_engine.server.ollama import embed, manage
 from octavo_engine.server.ollama import routes as ollama
 from octavo_engine.server.openai import embeddings, responses, routes, tokens
 from octavo_engine.server.tracing import Tracing, tell
@@ -24,7 +25,7 @@ from octavo_engine.server.tracing import Tracing, tell
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from octavo_engine.server.service import Service
+    from octavo_engine.server.front import Front
 
 MAX_BODY_BYTES: Final = 8 * 2**20  # a prompt of over a million tokens, as text or as ids
 _MAX_DISCARDED_BYTES: Final = 8 * MAX_BODY_BYTES
@@ -36,22 +37,24 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(front: Front) -> FastAPI:
     """Return the application.
 
     Raises:
         ConfigError: the file of API keys cannot be read.
     """
     app = FastAPI(title="Octavo", version=octavo_engine.__version__)
-    app.state.service = service
+    app.state.front = front
     app.include_router(health.router)
     app.include_router(routes.router)
     app.include_router(embeddings.router)
     app.include_router(responses.router)
     app.include_router(tokens.router)
     app.include_router(ollama.router)
+    app.include_router(embed.router)
+    app.include_router(manage.router)
     envelope.install(app)
-    config = service.config
+    config = front.config
     keys = ApiKeys(config.api_key, config.api_key_file)
     open_paths = frozenset[str]() if config.api_key_for_all else OPEN_PATHS
     openapi.install(app, has_keys=bool(keys), open_paths=open_paths)
@@ -67,8 +70,8 @@ def create_app(service: Service) -> FastAPI:
         )
     tracing = Tracing.to_collector(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     if tracing is not None:
-        service.on_close.append(tracing.close)
-    app.add_middleware(_EveryRequest, service=service, tracing=tracing)
+        front.on_close.append(tracing.close)
+    app.add_middleware(_EveryRequest, front=front, tracing=tracing)
     return app
 
 
@@ -78,9 +81,9 @@ class _EveryRequest:
     Counts each response by its route, method and status.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing | None = None) -> None:
+    def __init__(self, app: ASGIApp, front: Front, tracing: Tracing | None = None) -> None:
         self._app = app
-        self._service = service
+        self._front = front
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +95,8 @@ class _EveryRequest:
         HTTP_REQUEST_ID.set(request_id)  # for the log, in every task that this one begins
         began = time.monotonic()
         connected_at = scope.get("state", {}).get(CONNECTED_AT, began)
-        receive = _bounded(receive)
+        if not scope["path"].startswith(manage.UPLOADS):
+            receive = _bounded(receive)
         status = 500  # of what fails before it answers
 
         async def send_with_headers(message: Message) -> None:
@@ -102,7 +106,7 @@ class _EveryRequest:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 # The next request would be refused here, or is better made on a new connection.
-                if self._service.draining or time.monotonic() - connected_at > MAX_CONNECTION_SECONDS:
+                if self._front.draining or time.monotonic() - connected_at > MAX_CONNECTION_SECONDS:
                     headers["Connection"] = "close"
             await send(message)
 
@@ -118,22 +122,22 @@ class _EveryRequest:
                     tell(span, _handler(scope), _method(scope), status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._service.draining:
+        if self._front.draining:
             # Requests that began before are let through, whatever they have still to pass. Probes are always answered.
             if scope["method"] == "POST":
-                refusal = envelope.respond(self._service.refusal_while_draining(), scope["path"])
+                refusal = envelope.respond(self._front.refusal_while_draining(), scope["path"])
                 await refusal(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
             return
-        with self._service.in_flight():
+        with self._front.in_flight():
             await self._app(scope, receive, send)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         handler = _handler(scope)
         if handler in _UNCOUNTED:
             return
-        self._service.metrics.on_response(handler=handler, method=_method(scope), status=status, seconds=seconds)
+        self._front.metrics.on_response(handler=handler, method=_method(scope), status=status, seconds=seconds)
 
 
 def _handler(scope: Scope) -> str:

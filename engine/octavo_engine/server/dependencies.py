@@ -5,19 +5,28 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from octavo_engine.server.service import Service
+from octavo_engine.server.front import Front, Session
 
 
-def _current_service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+def _front(request: Request) -> Front:
+    front: Front = request.app.state.front
+    return front
 
 
-CurrentService = Annotated[Service, Depends(_current_service)]
+CurrentFront = Annotated[Front, Depends(_front)]
 
 
-async def _admission(service: CurrentService) -> AsyncIterator[Callable[[int], None]]:
-    with service.admission() as admit:
+async def _session(front: CurrentFront) -> AsyncIterator[Session]:
+    async with front.session() as session:
+        yield session
+
+
+# Until the response has ended, a stream's last byte included: so long the model that the request names stays loaded.
+CurrentService = Annotated[Session, Depends(_session)]
+
+
+async def _admission(front: CurrentFront) -> AsyncIterator[Callable[[int], None]]:
+    with front.admission() as admit:
         yield admit
 
 

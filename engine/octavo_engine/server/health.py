@@ -11,23 +11,23 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import octavo_engine
-from octavo_engine.server.dependencies import CurrentService
+from octavo_engine.server.dependencies import CurrentFront
 
 router = APIRouter(tags=["operations"])
 
 
 @router.get("/health")
-async def health(service: CurrentService) -> JSONResponse:
+async def health(front: CurrentFront) -> JSONResponse:
     """200 while the engine is alive, else 503 with the reason."""
-    if problem := service.problem:
+    if problem := front.problem:
         return JSONResponse({"status": "failed", "reason": problem}, 503)
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/ready")
-async def ready(service: CurrentService) -> JSONResponse:
+async def ready(front: CurrentFront) -> JSONResponse:
     """200 while requests are taken, else 503 with the phase and how far it is."""
-    readiness = service.readiness
+    readiness = front.readiness
     return JSONResponse(asdict(readiness), 200 if readiness.phase == "Ready" else 503)
 
 
@@ -38,6 +38,6 @@ async def version() -> JSONResponse:
 
 
 @router.get("/metrics")
-async def metrics(service: CurrentService) -> Response:
+async def metrics(front: CurrentFront) -> Response:
     """Prometheus' text format."""
-    return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(front.render_metrics(), media_type=CONTENT_TYPE_LATEST)

@@ -10,11 +10,14 @@ import re
 from typing import TYPE_CHECKING, Final, Literal, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
 
 from octavo_engine.errors import RejectionReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from prometheus_client import Metric
 
     from octavo_engine.messages import EngineFacts, SchedulerStats
     from octavo_engine.stream import Answered
@@ -272,6 +275,10 @@ class Metrics:
         family = kind(name, documentation, [*self._labels, label], registry=self._registry)
         return lambda value: family.labels(**self._labels, **{label: value})
 
+    def collect(self) -> Iterable[Metric]:
+        """Return them as families of samples."""
+        return self._registry.collect()
+
     def _gauge(self, name: str, documentation: str) -> Gauge:
         return Gauge(name, documentation, list(self._labels), registry=self._registry).labels(**self._labels)
 
@@ -305,3 +312,28 @@ def _renamed(text: bytes) -> bytes:
     found = re.compile(rf"^(# \w+ )?({names})(?=[_ {{])(?!_by)", re.MULTILINE)
     lines = (line for line in text.decode().splitlines(keepends=True) if found.match(line))
     return "".join(found.sub(lambda match: (match[1] or "") + OLD_NAMES[match[2]], line) for line in lines).encode()
+
+
+def render_together(several: Iterable[Metrics], *, old_names: bool) -> bytes:
+    """Return the metrics of several engines, which their labels tell apart, in Prometheus' text format."""
+    families: dict[str, Metric] = {}
+    for metrics in several:
+        for family in metrics.collect():
+            known = families.setdefault(family.name, family)
+            if known is not family:
+                known.samples += family.samples
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collected(list(families.values())))
+    text = generate_latest(registry)
+    return text + _renamed(text) if old_names else text
+
+
+class _Collected(Collector):
+    """Families that are there already."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """Return them (prometheus_client's Collector)."""
+        return self._families

@@ -35,6 +35,9 @@ _STREAMS: Final = {
     "/v1/responses": "text/event-stream",
     "/api/chat": "application/x-ndjson",
     "/api/generate": "application/x-ndjson",
+    "/api/create": "application/x-ndjson",
+    "/api/pull": "application/x-ndjson",
+    "/api/push": "application/x-ndjson",
 }
 _PLAIN: Final = {"/": "text/plain", "/metrics": "text/plain"}
 

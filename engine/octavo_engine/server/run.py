@@ -22,14 +22,17 @@ from octavo_engine import transport
 from octavo_engine.errors import ConfigError, EngineDead
 from octavo_engine.server.app import CONNECTED_AT, create_app
 from octavo_engine.server.service import Service
+from octavo_engine.server.shelf import Shelf
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import FrameType
 
     from octavo_engine.client import Started
     from octavo_engine.config import ServerConfig
+    from octavo_engine.server.front import Front
     from octavo_engine.store.local import Location
-    from octavo_engine.store.pull import Hub
+    from octavo_engine.store.remote import Hub
 
 _BACKLOG: Final = 2048
 _KEEP_ALIVE_SECONDS: Final = 75  # longer than proxies and clients keep idle connections: they close them, not we
@@ -50,6 +53,16 @@ def serve(config: ServerConfig, location: Location, hub: Hub, started: Started |
         asyncio.run(_serve(config, location, hub, started, sock))
 
 
+def serve_many(config: ServerConfig, store: Path, hub: Hub) -> None:
+    """Serve the models of a store until a signal comes, then drain. Raises as `serve` does."""
+
+    async def serve_shelf() -> None:
+        await run_service(Shelf(config, store, hub), sock)
+
+    with listen(config.host, config.port) as sock:
+        asyncio.run(serve_shelf())
+
+
 async def _serve(
     config: ServerConfig, location: Location, hub: Hub, started: Started | None, sock: socket.socket
 ) -> None:
@@ -57,15 +70,15 @@ async def _serve(
     await run_service(Service(config, location, hub, spawn), sock)
 
 
-async def run_service(service: Service, sock: socket.socket) -> None:
+async def run_service(front: Front, sock: socket.socket) -> None:
     """Serve on a listening socket until a signal comes, then drain. Raises as `serve` does, ConfigError included."""
-    server = _Server(service)
+    server = _Server(front)
     _log.info("listening on %s://%s:%d", "https" if server.config.is_ssl else "http", *sock.getsockname()[:2])
     listening = asyncio.create_task(server.serve(sockets=[sock]))
-    working = asyncio.create_task(service.run())
+    working = asyncio.create_task(front.run())
     try:
         await asyncio.wait((listening, working), return_when=asyncio.FIRST_COMPLETED)
-        if working.done() and not service.draining:
+        if working.done() and not front.draining:
             if isinstance(working.exception(), EngineDead):
                 await asyncio.sleep(_TELL_SECONDS)
             working.result()
@@ -73,7 +86,7 @@ async def run_service(service: Service, sock: socket.socket) -> None:
     finally:
         server.should_exit = True
         working.cancel()
-        await service.close()
+        await front.close()
         await asyncio.gather(listening, working, return_exceptions=True)
 
 
@@ -89,10 +102,10 @@ class Connection(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn, which on its own would close the socket at the first signal."""
 
-    def __init__(self, service: Service) -> None:
-        options = service.config
+    def __init__(self, front: Front) -> None:
+        options = front.config
         config = uvicorn.Config(
-            create_app(service),
+            create_app(front),
             http=Connection,
             log_config=None,
             access_log=False,  # service.py logs each generation; probes are not worth a line
@@ -108,7 +121,7 @@ class _Server(uvicorn.Server):
         except OSError as error:  # ssl.SSLError is one
             raise ConfigError(f"--ssl-certfile, --ssl-keyfile and --ssl-ca-certs do not work: {error}") from error
         super().__init__(config)
-        self._service = service
+        self._front = front
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
 
@@ -124,9 +137,9 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)
 
     async def _drain(self) -> None:
-        await self._service.drain()
+        await self._front.drain()
         self.should_exit = True
-        await self._service.close()
+        await self._front.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

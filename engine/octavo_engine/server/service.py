@@ -1,9 +1,10 @@
-"""The API process' one piece of state: the engine behind it, what runs, and where it is in its life.
+"""A server of one model: the engine behind it, and where it is in its life.
 
     Starting -> Downloading -> Loading ... (the engine's own phases) -> Ready -> Draining
                                                                     `-> Failed
 
-run.py drives it (`run`, `drain`, `close`); the routes read it (`readiness`, `problem`) and generate through it.
+With --profiles the model is served under further names, each with a system message, parameters and so on of its own.
+shelf.py has one of these for each model that it has loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine import transport
@@ -20,42 +21,32 @@ from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDead, GenerationFailed, NotServing, RequestInvalid
 from octavo_engine.generation import LanguageModel, TextModel
 from octavo_engine.logs import HTTP_REQUEST_ID
+from octavo_engine.profiles import Profiles
+from octavo_engine.server.front import RETRY_SECONDS, Front, Readiness, Served
 from octavo_engine.server.metrics import FinishedReason, Metrics
 from octavo_engine.store.pull import pull
 from octavo_engine.structured.checker import GrammarChecker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from octavo_engine.answer import TextDelta
     from octavo_engine.client import Spawn
     from octavo_engine.config import ServerConfig
     from octavo_engine.errors import RejectionReason
     from octavo_engine.generation import GenerationRequest
+    from octavo_engine.modelfile import Modelfile
     from octavo_engine.store.local import Location
-    from octavo_engine.store.pull import Hub
+    from octavo_engine.store.remote import Hub
     from octavo_engine.structured.checker import Wanted
 
-    Admit = Callable[[int], None]  # raises NotServing
-
-RETRY_SECONDS: Final = 5  # what clients are told when another moment, or another replica, will do
-_DRAIN_POLL_SECONDS: Final = 0.1
+LATEST: Final = ":latest"  # the tag of a name without one
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """Should new requests come here, and if not, why."""
-
-    phase: str  # CamelCase; "Ready" is the only one that takes requests
-    done: int = 0  # bytes, while something is fetched or loaded
-    total: int = 0  # bytes; 0 where it is not known
-    reason: str = ""
-
-
-class Service:
-    """One served model.
+class Service(Front):
+    """One served model, and the session of every request for it.
 
     Args:
         config: of this process and its engine.
@@ -65,20 +56,17 @@ class Service:
     """
 
     def __init__(self, config: ServerConfig, location: Location, hub: Hub, spawn: Spawn = transport.spawn) -> None:
-        self.config = config
-        self.metrics = Metrics(config.engine.served_model_names[0], old_names=config.old_metrics)
-        self.draining = False
-        self.on_close: list[Callable[[], None]] = []  # for what takes part in this service's life
+        super().__init__(config, Metrics(config.engine.served_model_names[0], old_names=config.old_metrics))
         self.location = location
+        self.is_ready = asyncio.Event()
         self._hub = hub
         self._spawn = spawn
         self._starting = Readiness("Starting", reason="the server is starting")
         self._client: EngineClient | None = None
         self._model: LanguageModel | None = None
-        self._grammars = GrammarChecker(config.engine.tokenizer or location.path)
-        self.num_in_flight = 0
-        self.num_admitted = 0  # requests for generation among them
-        self._idle = asyncio.Event()
+        self._profiles = Profiles(config.profiles, config.engine.served_model_names) if config.profiles else None
+        self._of_profiles: dict[str, tuple[Modelfile, LanguageModel]] = {}  # what was made of them
+        self._grammars: GrammarChecker | None = None
 
     async def run(self) -> None:
         """Bring the model up and keep it up; never returns.
@@ -93,20 +81,21 @@ class Service:
                 self.location.source,
                 self.location.path,
                 hub=self._hub,
+                store=self.location.store,
                 sha256=self.location.sha256,
                 on_progress=self._on_download,
             )
-        process, sock = self._spawn(self.config.engine)
+            self.location = self.location.found()
+        engine = self.location.configure(self.config.engine)
+        process, sock = self._spawn(engine)
         self._client = await EngineClient.start(process, sock, self.metrics)
-        text = await asyncio.to_thread(
-            TextModel.load,
-            self.config.engine.tokenizer or self.location.path,
-            self.location.modelfile,
-            self.config.chat_template,
-        )
+        tokenizer = engine.tokenizer or self.location.model
+        self._grammars = GrammarChecker(tokenizer)
+        text = await asyncio.to_thread(TextModel.load, tokenizer, self.location.modelfile, self.config.chat_template)
         facts = await self._client.ready()
         self.metrics.on_ready(facts)
         self._model = LanguageModel(self._client, facts, text)
+        self.is_ready.set()
         _log.info(
             "ready: %s on %s in %s, context %d tokens, %d KV blocks of %d",
             ", ".join(self.config.engine.served_model_names),
@@ -148,88 +137,63 @@ class Service:
             raise NotServing(self.readiness.reason, reason=reason, retry_after=RETRY_SECONDS)
         return self._model
 
-    def model_named(self, name: str) -> LanguageModel:
-        """Return the model that a request names.
+    @property
+    def engine_pid(self) -> int | None:
+        """The process id of the engine; None: it is not there yet."""
+        return self._client.pid if self._client is not None else None
 
-        Raises:
-            NotServing: it takes no requests now.
-            RequestInvalid: it is not served here.
-        """
-        model = self.loaded_model()
-        names = self.config.engine.served_model_names
-        if name not in names:
-            message = f"the model {name[:100]!r} is not served here; served: {', '.join(names)}"
-            raise RequestInvalid(message, param="model", code="model_not_found", status=404)
-        return model
-
-    @contextlib.contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """Have the drain wait for an HTTP request, from its first byte to the last one of its response."""
-        self.num_in_flight += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.num_in_flight -= 1
-            if not self.num_in_flight:
-                self._idle.set()
-
-    @contextlib.contextmanager
-    def admission(self) -> Iterator[Admit]:
-        """Let a request for generation in, before anything is done for it, and count it until its response has ended.
-
-        Yields what lets in further ones that came with it, several prompts in one body; all of them or none.
-
-        Raises:
-            NotServing: the queue is full. This, and any other that comes from inside, is counted.
-        """
-        num_admitted = 0
-
-        def admit(count: int) -> None:
-            nonlocal num_admitted
-            self._refuse_overflow(count)
-            num_admitted += count
-            self.num_admitted += count
-
-        try:
-            admit(1)
-            yield admit
-        except NotServing as refusal:
-            self.metrics.on_rejected(refusal.reason)
-            raise
-        finally:
-            self.num_admitted -= num_admitted
-
-    def refusal_while_draining(self) -> NotServing:
-        """What new requests are told, and counted as, while the server shuts down."""
-        self.metrics.on_rejected("draining")
-        return NotServing(self.readiness.reason, reason="draining", retry_after=RETRY_SECONDS)
-
-    def _refuse_overflow(self, count: int) -> None:
-        # While nothing waits in the engine, all its seats can be taken; otherwise as many are as it has memory for.
+    @property
+    def num_seats(self) -> int:
+        """While nothing waits in the engine, all its seats can be taken; else as many are as it has memory for."""
         stats = self._client.stats if self._client is not None else None
-        num_seats = stats.num_running if stats and stats.num_waiting else self.config.engine.max_num_seqs
-        limit = self.config.queue_limit
-        if self.num_admitted + count > num_seats + limit:
-            raise NotServing(
-                f"the queue is full: {max(0, self.num_admitted - num_seats)} requests wait already, and "
-                f"--max-num-queued-reqs is {limit}. Try again later",
-                reason="queue_full",
-                retry_after=RETRY_SECONDS,
-            )
+        return stats.num_running if stats and stats.num_waiting else self.config.engine.max_num_seqs
 
-    def check_num_prompts(self, count: int, param: str) -> None:
-        """Refuse more prompts in one request than could ever be let in.
+    @property
+    def shelf(self) -> None:
+        """None: it is a server of one model (Session)."""
 
-        Raises:
-            RequestInvalid: there are; names `param`.
-        """
-        most = self.config.engine.max_num_seqs + self.config.queue_limit
-        if count > most:
-            raise RequestInvalid(
-                f"there are {count} prompts, and at most {most} can run and wait here; send several requests",
-                param=param,
-            )
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Service]:
+        """Return itself: its model is always loaded."""
+        yield self
+
+    async def served(self) -> list[Served]:
+        """Return the model under each of its names (Session)."""
+        facts = self.loaded_model().facts
+        is_on_cpu = facts.device.startswith("cpu")
+        return [Served(name, self.location, facts.max_model_len, is_on_cpu) for name in self._names()]
+
+    async def loaded(self) -> list[Served]:
+        """Return the model, once (Session)."""
+        return (await self.served())[:1]
+
+    async def unload(self, name: str) -> bool:  # noqa: ARG002 - there is one, and it stays
+        """Keep the model: a server of one model has it loaded as long as it lives (Session)."""
+        return False
+
+    async def model_named(self, name: str | None, keep_alive: float | None = None) -> LanguageModel:  # noqa: ARG002 - it stays
+        """Return the model that a request names (Session); Ollama's clients write a name with its tag."""
+        model, names = self.loaded_model(), self._names()
+        if name is None:
+            return model
+        short = name.removesuffix(LATEST)
+        if {name, short} & set(self.config.engine.served_model_names):
+            return model
+        if self._profiles is not None and (modelfile := self._profiles.current().get(short)) is not None:
+            return self._of_profile(short, modelfile, model)
+        message = f"model {name[:100]!r} not found; served here: {', '.join(names)}"
+        raise RequestInvalid(message, param="model", code="model_not_found", status=404)
+
+    def _names(self) -> list[str]:
+        profiles = self._profiles.current() if self._profiles is not None else ()
+        return [*self.config.engine.served_model_names, *profiles]
+
+    def _of_profile(self, name: str, modelfile: Modelfile, model: LanguageModel) -> LanguageModel:
+        """Make it once for each state of the file: the template is compiled."""
+        made = self._of_profiles.get(name)
+        if made is None or made[0] is not modelfile:
+            made = self._of_profiles[name] = (modelfile, model.with_modelfile(modelfile))
+        return made[1]
 
     async def grammar(self, wanted: Wanted | None) -> str | None:
         """Return what the engine takes for what an answer shall keep to; None: nothing.
@@ -237,7 +201,10 @@ class Service:
         Raises:
             RequestInvalid: it cannot be kept to, or costs too much.
         """
-        return None if wanted is None else await self._grammars.check(wanted)
+        if wanted is None:
+            return None
+        assert self._grammars is not None, "a model is loaded before anything is asked of it"
+        return await self._grammars.check(wanted)
 
     async def generate(self, model: LanguageModel, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
         """As LanguageModel.generate, counted and logged."""
@@ -294,27 +261,17 @@ class Service:
             )
         return embedding
 
-    async def drain(self) -> None:
-        """Take no more requests and wait for those that run, up to the shutdown timeout."""
-        self.draining = True
-        timeout = self.config.shutdown_timeout
-        _log.info("shutting down: %d requests may take up to %g s", self.num_in_flight, timeout)
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + timeout
-        while self.num_in_flight and self.problem is None and clock() < deadline:
-            with contextlib.suppress(TimeoutError):  # waking up is for looking at the engine and the clock
-                async with asyncio.timeout(_DRAIN_POLL_SECONDS):
-                    await self._idle.wait()
-        if self.num_in_flight:
-            _log.warning("dropping %d requests: %s", self.num_in_flight, self.problem or "the shutdown timeout is over")
+    def render_metrics(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return self.metrics.render()
 
     async def close(self) -> None:
         """End the engine process; requests that still run are told so."""
-        await self._grammars.close()
+        if self._grammars is not None:
+            await self._grammars.close()
         if self._client is not None:
             await self._client.close()
-        for close in self.on_close:
-            await asyncio.to_thread(close)
+        await self.close_others()
 
     def _on_download(self, done: int, total: int | None) -> None:
         before, percent = self._starting, _percent(done, total)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _FOLDER: Final = "modelfiles"
 _SUFFIX: Final = ".Modelfile"
 _LATEST: Final = ":latest"
-_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*(:[\w.-]+)?", re.ASCII)
+_NAME: Final = re.compile(r"([A-Za-z0-9][\w.-]*:\d+/)?[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*(:[\w.-]+)?", re.ASCII)
 _MAX_NAME: Final = 200
 
 

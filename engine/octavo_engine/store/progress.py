@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from typing import TextIO
+
+_BAR_WIDTH: Final = 20
 
 
 class ProgressLine:
@@ -29,6 +31,9 @@ class ProgressLine:
         percent = f"{100 * done // total:3d} % of {total / 1e6:.0f} MB" if total else f"{done / 1e6:.0f} MB"
         line = f"{self._name}: {percent}, {rate / 1e6:.1f} MB/s"
         if self._stream.isatty():
+            if total:
+                filled = _BAR_WIDTH * done // total
+                line = f"{line} [{'=' * filled}{' ' * (_BAR_WIDTH - filled)}]"
             if now - self._last_shown >= 0.1 or done == total:
                 self._last_shown = now
                 print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=self._stream, flush=True)

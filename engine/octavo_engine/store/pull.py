@@ -1,52 +1,40 @@
-"""Fetch a model file over HTTP: resumed after a break, checked, and in its place only when it is whole.
+"""Bring a model here from where it is: find its files, fetch them, give them their place when all are whole.
 
-While it is fetched, FILE.gguf.partial holds the bytes so far and FILE.gguf.etag the server's name for this version of
-the file; the latter is also the lock that keeps two pulls of one file (replicas on a shared volume) from mixing. Called
-by the command line and by the server; knows nothing about where the progress is shown.
+Into a store the files become blobs and the place links to them (blobs.py). Elsewhere (`octavo pull --output`) TARGET is
+the file, or the folder, itself, and TARGET.partial what is on its way. Called by the command line and by the server;
+knows nothing about where the progress is shown.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
+import functools
 import hashlib
-import os
-import re
-import shutil
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import tarfile
+import zlib
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 import httpx
 
-from octavo_engine.errors import ModelInvalid, ModelNotFound, SourceForbidden, SourceUnreachable, StorageFull
-from octavo_engine.store.source import HUB, Source
+from octavo_engine.errors import ModelInvalid, SourceForbidden, StorageFull
+from octavo_engine.store import transfer
+from octavo_engine.store.blobs import Blobs, digest_of
+from octavo_engine.store.bucket import list_bucket
+from octavo_engine.store.hub import list_hub_files
+from octavo_engine.store.local import MODELFILE
+from octavo_engine.store.locks import locked
+from octavo_engine.store.remote import MODEL_SUFFIXES, Hub, Listing, Progress, RemoteFile
+from octavo_engine.store.source import BucketSource, HubSource, RegistrySource, Source, WebSource
+from octavo_engine.store.transfer import LIMITS
+from octavo_engine.weights.gguf import part_paths
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-    from pathlib import Path
+    from octavo_engine.store.transfer import Limits
 
-    Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server tells
-
-_MAGIC: Final = b"GGUF"
-TIMEOUT: Final = httpx.Timeout(10.0, read=60.0)
-_RETRY_DELAYS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt that brings no byte
-_RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
-_LOCK_POLL_SECONDS: Final = 0.5
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Hub:
-    """How to reach the Hugging Face hub."""
-
-    endpoint: str = HUB
-    token: str | None = None  # for gated and private repositories; sent to the hub only
-
-
-class Broken(Exception):
-    """The transfer ended early; what has arrived is kept and the next attempt goes on from there."""
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 async def pull(
@@ -54,217 +42,232 @@ async def pull(
     target: Path,
     *,
     hub: Hub,
+    store: Path | None = None,
     sha256: str | None = None,
     on_progress: Progress = lambda _done, _total: None,
-    retry_delays: Sequence[float] = _RETRY_DELAYS,
+    limits: Limits = LIMITS,
 ) -> None:
-    """Fetch `source` to `target`; nothing is fetched when `target` is there already.
+    """Fetch `source` to `target`; nothing is fetched when `target` is there already, or its blobs are.
 
-    The file is checked against `sha256`, or else against the digest that the hub sends (X-Linked-ETag, or an ETag that
-    is a SHA-256: huggingface_hub's convention). Cancelling keeps what has arrived for the next time.
+    Cancelling, or killing, keeps what has arrived for the next time.
 
-    Raises:
-        ModelNotFound: the server has no such file.
-        ModelInvalid: what the server sent is not a GGUF file, or not the file it announced.
-        SourceForbidden: the server wants a token, or does not accept the one it got.
-        SourceUnreachable: the server did not answer, or broke off too often.
-        StorageFull: the file does not fit where it should go.
-    """
-    await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
-    async with _locked(target.with_name(f"{target.name}.etag")) as etag_file:
-        if await asyncio.to_thread(target.is_file):  # the pull that held the lock has brought it
-            etag_file.unlink()
-            return
-        transfer = _Transfer(source, target, hub, etag_file, on_progress)
-        async with httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=True) as client:
-            await transfer.run(client, retry_delays)
-        await transfer.check(sha256)
-        await asyncio.to_thread(transfer.partial.replace, target)
-        etag_file.unlink()
-
-
-class _Transfer:
-    """One file on its way."""
-
-    def __init__(self, source: Source, target: Path, hub: Hub, etag_file: Path, on_progress: Progress) -> None:
-        self._source = source
-        self._url = source.url(hub.endpoint)
-        self._name = source.text
-        self._headers = headers_for(source, hub)
-        self._etag_file = etag_file
-        self._on_progress = on_progress
-        self._total: int | None = None
-        self._sha256: str | None = None  # as the server tells it
-        self.partial = target.with_name(f"{target.name}.partial")
-
-    async def run(self, client: httpx.AsyncClient, retry_delays: Sequence[float]) -> None:
-        """Fetch until the partial file is whole; give up after so many attempts in a row without a byte."""
-        num_failures = 0
-        while True:
-            before = self._num_bytes()
-            try:
-                return await self._attempt(client)
-            except (httpx.TransportError, Broken) as error:
-                num_failures = 0 if self._num_bytes() > before else num_failures + 1
-                if num_failures > len(retry_delays):
-                    cause = str(error) or type(error).__name__
-                    raise SourceUnreachable(
-                        f"{self._name} cannot be fetched from {httpx.URL(self._url).host}: {cause}; "
-                        "what has arrived is kept, and the same command goes on from there"
-                    ) from error
-            await asyncio.sleep(retry_delays[max(num_failures - 1, 0)] if retry_delays else 0.0)
-
-    async def _attempt(self, client: httpx.AsyncClient) -> None:
-        done, etag = self._num_bytes(), self._etag_file.read_text()
-        headers = dict(self._headers)
-        if done and etag:
-            headers |= {"Range": f"bytes={done}-", "If-Range": etag}
-        async with client.stream("GET", self._url, headers=headers) as response:
-            if response.status_code == 416:  # nothing after `done`: all of it is here, or it is another file's
-                if done and content_range(response)[1] == done:
-                    return
-                self.partial.unlink()
-                raise Broken("the part that had arrived is longer than the file")
-            refuse_unless_content(response, self._source)
-            if response.status_code == 206:
-                start, self._total = content_range(response)
-                if start != done:
-                    self.partial.unlink()
-                    raise Broken("the server resumed at another place")
-            else:
-                done, self._total = 0, content_length(response)
-            first = response.history[0] if response.history else response
-            self._sha256 = _digest(first.headers.get("X-Linked-ETag")) or _digest(response.headers.get("ETag"))
-            self._refuse_unless_room(done)
-            etag = response.headers.get("ETag", "")
-            self._etag_file.write_text("" if etag.startswith("W/") else etag)  # If-Range takes strong validators only
-            await self._receive(response, done)
-
-    async def _receive(self, response: httpx.Response, done: int) -> None:
-        with self.partial.open("r+b" if done else "wb") as file:
-            file.seek(done)
-            try:
-                async for chunk in response.aiter_raw():
-                    if done == 0 and chunk[:4] != _MAGIC[: len(chunk)]:
-                        raise ModelInvalid(f"{self._name}: what the server sent is not a GGUF file")
-                    file.write(chunk)
-                    done += len(chunk)
-                    self._on_progress(done, self._total)
-            except OSError as error:
-                if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                    raise StorageFull(f"{self._name}: no space left in {self.partial.parent}") from error
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-        if self._total is not None and done != self._total:
-            raise Broken(f"the server broke off at {done} of {self._total} bytes")
-
-    async def check(self, sha256: str | None) -> None:
-        """Look at what the file is, and at its digest where one is known; a wrong file is deleted.
-
-        Raises:
-            ModelInvalid: it is wrong.
-        """
-        expected = sha256 or self._sha256
-        actual = await asyncio.to_thread(_sha256_of, self.partial) if expected is not None else None
-        if not await asyncio.to_thread(_is_gguf, self.partial):
-            problem = "what the server sent is not a GGUF file"
-        elif actual != expected:
-            problem = f"the SHA-256 of what arrived is {actual}, expected {expected}"
-        else:
-            return
-        self.partial.unlink()
-        raise ModelInvalid(f"{self._name}: {problem}")
-
-    def _num_bytes(self) -> int:
-        return self.partial.stat().st_size if self.partial.exists() else 0
-
-    def _refuse_unless_room(self, done: int) -> None:
-        free = shutil.disk_usage(self.partial.parent).free + (self._num_bytes() - done)
-        if self._total is not None and self._total - done > free:
-            raise StorageFull(
-                f"{self._name} needs {(self._total - done) / 1e9:.2f} GB more, "
-                f"and {self.partial.parent} has {free / 1e9:.2f} GB free"
-            )
-
-
-def headers_for(source: Source, hub: Hub) -> dict[str, str]:
-    """The request headers to fetch `source` with: the hub's token goes to the hub only."""
-    headers = {"Accept-Encoding": "identity"}
-    if source.hub_path is not None and hub.token:
-        headers["Authorization"] = f"Bearer {hub.token}"
-    return headers
-
-
-def refuse_unless_content(response: httpx.Response, source: Source) -> None:
-    """Look at the status of the answer to a request for a file.
+    Args:
+        source: what to fetch.
+        target: the file or folder, and in a store the place of either.
+        hub: how to reach the hub.
+        store: the store that `target` is a place in.
+        sha256: of the file, where it is known beforehand.
+        on_progress: is told the bytes so far and in all.
+        limits: of patience with servers.
 
     Raises:
-        Broken: another attempt may bring it.
-        SourceForbidden, ModelNotFound, SourceUnreachable: it will not.
+        UserError: it cannot be had: ModelNotFound, ModelInvalid, ModelUnsupported, SourceForbidden, SourceUnreachable,
+            StorageFull.
     """
-    status = response.status_code
-    asked = (response.history[0] if response.history else response).request  # not where a redirect has led, to a secret
-    if status in {200, 206}:
+    if target.exists():  # noqa: ASYNC240 - one look at the disk
         return
-    if status in _RETRIED_STATUSES:
-        raise Broken(f"the server answers {status}")
-    detail = response.headers.get("X-Error-Message", "")[:200]  # the hub's own words
-    told = f"the server answers {status}" + (f" ({detail})" if detail else "")
-    if status in {401, 403}:
-        way_out = (
-            "the token in HF_TOKEN does not give access; accept the model's terms on its page, or use another token"
-            if "Authorization" in asked.headers
-            else "check the name; if the repository is gated or private, set HF_TOKEN"
-        )
-        raise SourceForbidden(f"{source.text}: {told}; {way_out}")
-    if status in {404, 410}:
-        raise ModelNotFound(f"{source.text} is not there: {told} for {asked.url}")
-    raise SourceUnreachable(f"{source.text}: {told} for {asked.url}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        async with httpx.AsyncClient(timeout=limits.timeout, follow_redirects=True) as client:
+            work = _Pull(source, hub, client, sha256=sha256, on_progress=on_progress, limits=limits)
+            if store is None:
+                await work.into_target(target)
+            else:
+                await work.into_store(target, Blobs(store))
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise StorageFull(f"{source.text}: no space left for {target}; what has arrived is kept") from error
+        raise
 
 
-@asynccontextmanager
-async def _locked(path: Path) -> AsyncIterator[Path]:
-    """Hold an advisory lock on `path`, which is created."""
-    with path.open("a") as file:
+async def list_files(source: Source, hub: Hub, client: httpx.AsyncClient) -> Listing:
+    """Return the files that a source means.
+
+    Raises:
+        UserError: as `pull`, without StorageFull.
+    """
+    match source:
+        case HubSource():
+            return await list_hub_files(source, hub)
+        case WebSource():
+            named = PurePosixPath(source.path.name)
+            addresses = {named: source.url}
+            if len(parts := part_paths(named)) > 1:
+                first = httpx.URL(source.url)
+                addresses = {part: str(first.join(part.name).copy_with(query=first.query)) for part in parts}
+            return Listing(
+                files=tuple(RemoteFile(name=name, url=addresses[name], what=source.text) for name in addresses)
+            )
+        case RegistrySource():
+            from octavo_engine.store.artifacts import list_artifact  # noqa: PLC0415 - it brings numpy
+
+            return await list_artifact(source, client)
+        case BucketSource():
+            return await list_bucket(source)
+        case _:
+            raise AssertionError(source)
+
+
+def is_folder(source: Source, listing: Listing) -> bool:
+    """Whether the model's place is a folder: it is unless the source names a file, whose parts lie beside it."""
+    return source.path.name not in {file.name.name for file in listing.files}
+
+
+class _Pull:
+    """One pull."""
+
+    def __init__(
+        self,
+        source: Source,
+        hub: Hub,
+        client: httpx.AsyncClient,
+        *,
+        sha256: str | None,
+        on_progress: Progress,
+        limits: Limits,
+    ) -> None:
+        self._source = source
+        self._hub = hub
+        self._client = client
+        self._sha256 = sha256
+        self._on_progress = on_progress
+        self._limits = limits
+        self._done: dict[str, int] = {}  # bytes of each file by its name
+        self._totals: dict[str, int | None] = {}
+
+    async def into_store(self, place: Path, blobs: Blobs) -> None:
+        """Make blobs of all files, then the place."""
+        listing = await self._list()
+        digests: dict[PurePosixPath, str] = {}
+        for file in listing.files:
+            digests |= await self._into_blobs(file, blobs)
+        if is_folder(self._source, listing):
+            texts = {MODELFILE: listing.modelfile} if listing.modelfile else {}
+            blobs.link_folder(place, _flat(digests, self._source), texts)
+        elif len(digests) == 1:
+            blobs.link(place, *digests.values())
+        else:  # by the first part the model is known to be there
+            for name, digest in reversed(digests.items()):
+                blobs.link(place.with_name(name.name), digest)
+
+    async def into_target(self, target: Path) -> None:
+        """Put the files where they are wanted."""
+        async with locked(target.with_name(f"{target.name}.lock")):
+            if target.exists():  # noqa: ASYNC240 - one look at the disk: the pull that held the lock has brought it
+                return
+            listing = await self._list()
+            is_one_file = len(listing.files) == 1 and not listing.files[0].is_archive
+            if is_one_file or not is_folder(self._source, listing):
+                await self._files_beside(target, listing)
+            else:
+                await self._folder(target, listing)
+
+    async def _files_beside(self, target: Path, listing: Listing) -> None:
+        names = [target.name]
+        if len(listing.files) > 1:
+            names = [file.name.name for file in listing.files]
+            if target.name != names[0]:
+                raise ModelInvalid(f"{self._source.text} comes in parts, which are found by name: call it {names[0]}")
+        if listing.modelfile:
+            beside = target.with_name(f"{target.name}.{MODELFILE}")
+            beside.write_text(listing.modelfile, encoding="utf-8", newline="")
+        for file, name in reversed(list(zip(listing.files, names, strict=True))):
+            partial = target.with_name(f"{name}.partial")
+            await self._fetch(file, partial)
+            partial.replace(target.with_name(name))
+
+    async def _folder(self, target: Path, listing: Listing) -> None:
+        folder = target.with_name(f"{target.name}.partial")
+        for file in listing.files:
+            path = folder / file.name
+            if path.exists():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.partial")
+            await self._fetch(file, partial)
+            if file.is_archive:
+                for name, whole in await asyncio.to_thread(_unpack, partial, folder, self._source.text):
+                    whole.replace(folder / name)
+                partial.unlink()
+            else:
+                partial.replace(path)
+        if listing.modelfile:
+            (folder / MODELFILE).write_text(listing.modelfile, encoding="utf-8", newline="")
+        folder.rename(target)
+
+    async def _into_blobs(self, file: RemoteFile, blobs: Blobs) -> dict[PurePosixPath, str]:
+        """Fetch a file unless its blob is there; return its digest by its name, or those of an archive's files."""
+        told = f"{file.what} {file.name}"  # not the address, of which a signature may be part
+        key = f"sha256-{file.sha256}" if file.sha256 else f"file-{hashlib.sha256(told.encode()).hexdigest()}"
+        partial = blobs.partial(key)
+        async with locked(partial.with_name(f"{key}.lock")):
+            if file.sha256 and not file.is_archive and (blob := blobs.path(file.sha256)).exists():
+                self._show(file, blob.stat().st_size, blob.stat().st_size)
+                return {file.name: file.sha256}
+            digest = await self._fetch(file, partial)
+            if not file.is_archive:
+                blobs.adopt(partial, digest)
+                return {file.name: digest}
+            digests = {}
+            for name, whole in await asyncio.to_thread(_unpack, partial, partial.parent, file.what):
+                digests[name] = await asyncio.to_thread(digest_of, whole)
+                blobs.adopt(whole, digests[name])
+            partial.unlink()
+            return digests
+
+    async def _list(self) -> Listing:
+        listing = await list_files(self._source, self._hub, self._client)
+        for file in listing.files:
+            self._totals[str(file.name)] = file.num_bytes
+        if self._sha256 is not None:
+            (file,) = listing.files
+            listing = replace(listing, files=(replace(file, sha256=self._sha256),))
+        return listing
+
+    async def _fetch(self, file: RemoteFile, partial: Path) -> str:
+        """As transfer.fetch; where a token or signature has run out in between, with a new one."""
+        show = functools.partial(self._show, file)
         while True:
+            before = self._done.get(str(file.name), 0)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await asyncio.sleep(_LOCK_POLL_SECONDS)
-        await asyncio.to_thread(path.touch)  # whoever held the lock may have brought the file and removed this
-        try:
-            yield path
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+                return await transfer.fetch(file, partial, self._client, limits=self._limits, on_progress=show)
+            except SourceForbidden:
+                if self._done.get(str(file.name), 0) <= before:
+                    raise
+            file = next(one for one in (await self._list()).files if one.name == file.name)
+
+    def _show(self, file: RemoteFile, done: int, total: int | None) -> None:
+        self._done[str(file.name)] = done
+        self._totals[str(file.name)] = total
+        totals = [one for one in self._totals.values() if one is not None]
+        self._on_progress(sum(self._done.values()), sum(totals) if len(totals) == len(self._totals) else None)
 
 
-def content_length(response: httpx.Response) -> int | None:
-    """Return the length of the file that a whole response brings, where the server tells."""
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else None
+def _unpack(archive: Path, folder: Path, what: str) -> list[tuple[PurePosixPath, Path]]:
+    """Write the model files of a tar into `folder`, under names of no meaning; return the name and the file of each.
+
+    Raises:
+        ModelInvalid: it is no tar.
+    """
+    found = []
+    try:
+        with tarfile.open(archive) as files:
+            for number, member in enumerate(files):
+                name = PurePosixPath(member.name)
+                content = files.extractfile(member) if member.isreg() and name.name.endswith(MODEL_SUFFIXES) else None
+                if content is None:
+                    continue
+                whole = folder / f"{archive.name}.{number}"
+                with whole.open("wb") as file:
+                    while data := content.read(2**20):
+                        file.write(data)
+                found.append((PurePosixPath(name.name), whole))
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ModelInvalid(f"{what}: a layer is no archive that can be read: {error}") from error
+    return found
 
 
-def content_range(response: httpx.Response) -> tuple[int | None, int | None]:
-    """Return the first byte's place and the whole length (RFC 9110, section 14.4)."""
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if match is None:
-        return None, None
-    start, total = match.groups()
-    return int(start) if start else None, int(total) if total != "*" else None
-
-
-def _digest(etag: str | None) -> str | None:
-    text = (etag or "").strip('"')
-    return text if _SHA256.fullmatch(text) else None
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _flat(digests: dict[PurePosixPath, str], source: Source) -> dict[PurePosixPath, str]:
+    if not any(name.suffix in {".gguf", ".safetensors"} for name in digests):
+        raise ModelInvalid(f"{source.text}: there are no weights in it, neither .gguf nor .safetensors files")
+    return digests

@@ -27,10 +27,11 @@ from octavo_engine.weights.quant_type import OTHER_TYPE_NAMES, QuantType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
+    from pathlib import Path, PurePath
 
 MetadataValue = bool | int | float | str | list["MetadataValue"]
 
+_PathT = TypeVar("_PathT", bound="PurePath")
 _T = TypeVar("_T", int, float, str, bool, list[MetadataValue])
 
 _MAGIC = b"GGUF"
@@ -119,7 +120,7 @@ def read_header(path: Path) -> GGUFHeader:
     """
     paths = part_paths(path)
     if len(paths) == 1:
-        header = _read_file(path)
+        header = read_part(path)
         if (count := header.get("split.count", int, 1)) > 1:
             number = header.get("split.no", int, 0) + 1
             raise ModelInvalid(
@@ -131,10 +132,10 @@ def read_header(path: Path) -> GGUFHeader:
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelNotFound(f"part {missing[0]}{others} of a model of {len(paths)} parts is not in {path.parent}")
-    return _join([_read_file(part) for part in paths])
+    return _join([read_part(part) for part in paths])
 
 
-def part_paths(path: Path) -> tuple[Path, ...]:
+def part_paths(path: _PathT) -> tuple[_PathT, ...]:
     """All files of the model that `path` is of, by its name alone: itself, or every part of a split model in order."""
     match = _PART_NAME.fullmatch(path.name)
     if match is None or int(match["count"]) < 2 or not 1 <= int(match["number"]) <= int(match["count"]):
@@ -166,7 +167,8 @@ def _join(parts: list[GGUFHeader]) -> GGUFHeader:
     return replace(first, tensors=tensors)
 
 
-def _read_file(path: Path) -> GGUFHeader:
+def read_part(path: Path) -> GGUFHeader:
+    """Parse the header of one file, which may be a part of a split model. Raises as read_header."""
     if not path.is_file():
         raise ModelNotFound(f"no model file at {path}")
     try:

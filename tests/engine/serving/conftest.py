@@ -29,7 +29,7 @@ from octavo_engine.server.app import create_app
 from octavo_engine.server.run import run_service
 from octavo_engine.server.service import Service
 from octavo_engine.store.local import Location
-from octavo_engine.store.pull import Hub
+from octavo_engine.store.remote import Hub
 from octavo_engine.transport import EngineChannel
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from octavo_engine.server.auth import ApiKeys
 from octavo_engine.server.run import run_service
 from octavo_engine.server.service import Service
 from octavo_engine.store.local import Location
-from octavo_engine.store.pull import Hub
+from octavo_engine.store.remote import Hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import pytest
 from octavo_engine.modelfile import Modelfile, parse_modelfile
 from octavo_engine.server.service import Service
 from octavo_engine.store.local import Location
-from octavo_engine.store.pull import Hub
+from octavo_engine.store.remote import Hub
 
 if TYPE_CHECKING:
     import httpx

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from octavo_engine.errors import RequestInvalid
+from octavo_engine.errors import ModelfileInvalid, RequestInvalid
+from octavo_engine.modelfile import Modelfile, parse_modelfile
 from octavo_engine.parameters import Parameters, check_all
 from octavo_engine.server.body import Neutral, Strict, Text, only, without_neutral
 from octavo_engine.structured.checker import Wanted
@@ -35,6 +36,27 @@ NEUTRAL_MESSAGE_FIELDS: Final[Mapping[str, Neutral]] = {
     "tool_name": only(""),
 }
 
+NEUTRAL_EMBED_FIELDS: Final[Mapping[str, Neutral]] = {
+    "dimensions": only(0, instead="an embedding has as many numbers as the model's states have"),
+    "truncate": only(False, instead="an overlong text is an error, and nothing of it is cut"),
+}
+NEUTRAL_TRANSFER_FIELDS: Final[Mapping[str, Neutral]] = {
+    "insecure": only(False, instead="a registry on this machine is spoken to without TLS, others are not"),
+    "username": only(""),
+    "password": only("", instead="passwords are those of `docker login`"),
+}
+NEUTRAL_CREATE_FIELDS: Final[Mapping[str, Neutral]] = {
+    "adapters": only({}, instead="this engine has no LoRA adapters yet: merge the adapter into the model first"),
+    "info": only({}),
+    "modelfile": only("", instead="send its instructions as fields, as Ollama's clients do since 0.5.5"),
+    "parser": only(""),
+    "quantize": only("", instead="quantise the GGUF file before"),
+    "renderer": only(""),
+    "requires": only(""),
+    "draft": only(""),
+}
+
+_MAX_NAME: Final = 512
 _MAX_TOP_LOGPROBS: Final = 20
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION: Final = re.compile(r"(?P<sign>[+-]?)(?P<parts>(?:\d+(?:\.\d*)?(?:ns|us|µs|ms|s|m|h))+)", re.ASCII)
@@ -64,13 +86,40 @@ def _checked_options(value: object) -> object:
     return check_all(value)
 
 
-class _GenerationBody(Strict):
-    """What both endpoints have in common."""
+class _ModelBody(Strict):
+    """What all endpoints that use a model have in common."""
 
     model: Annotated[str, Field(min_length=1)]
-    stream: bool | None = None  # null: true
     options: Annotated[dict[str, Any], BeforeValidator(_checked_options)] | None = None
     keep_alive: Annotated[Any, AfterValidator(_seconds)] = None  # seconds
+
+
+class EmbedRequest(_ModelBody):
+    """The body of POST /api/embed. Of the options none is about embeddings."""
+
+    input: Text | list[Text]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return without_neutral(body, NEUTRAL_EMBED_FIELDS)
+
+
+class EmbeddingsRequest(_ModelBody):
+    """The body of POST /api/embeddings, as it was before /api/embed."""
+
+    prompt: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return without_neutral(body, NEUTRAL_EMBED_FIELDS)
+
+
+class _GenerationBody(_ModelBody):
+    """What both endpoints that generate have in common."""
+
+    stream: bool | None = None  # null: true
     format: Literal["", "json"] | dict[str, Any] | None = None  # json: any object; or a schema
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
@@ -138,15 +187,90 @@ class ChatRequest(_GenerationBody):
     messages: list[ChatMessage] | None = None  # null or empty: only load the model
 
 
-class ShowRequest(Strict):
-    """The body of POST /api/show."""
+Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
 
-    model: Annotated[str, Field(min_length=1)] | None = None
-    name: Annotated[str, Field(min_length=1)] | None = None  # what `model` was called before
-    verbose: bool | None = None  # the long lists of model_info too
+
+class ModelRequest(Strict):
+    """A body that names a model."""
+
+    model: Name | None = None
+    name: Name | None = None  # what `model` was called before
 
     @model_validator(mode="after")
-    def _check_name(self) -> "ShowRequest":
+    def _check_name(self) -> "ModelRequest":
         if self.model is None and self.name is None:
             raise RequestInvalid("model is required", param="model")
         return self
+
+    @property
+    def which(self) -> str:
+        """The model that is meant."""
+        return self.model or self.name or ""
+
+
+class ShowRequest(ModelRequest):
+    """The body of POST /api/show."""
+
+    verbose: bool | None = None  # the long lists of model_info too
+
+
+class TransferRequest(ModelRequest):
+    """The body of POST /api/pull and /api/push."""
+
+    stream: bool | None = None  # null: true
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return without_neutral(body, NEUTRAL_TRANSFER_FIELDS)
+
+
+class CopyRequest(Strict):
+    """The body of POST /api/copy."""
+
+    source: Name
+    destination: Name
+
+
+class CreateRequest(ModelRequest):
+    """The body of POST /api/create: a Modelfile's instructions as fields."""
+
+    base: Annotated[Name | None, Field(alias="from")] = None
+    files: dict[str, str] | None = None  # digests of uploaded blobs by file names
+    template: Text | None = None
+    license: Text | list[Text] | None = None
+    system: Text | None = None
+    parameters: Annotated[dict[str, Any], BeforeValidator(_checked_options)] | None = None
+    messages: list[ChatMessage] | None = None
+    stream: bool | None = None  # null: true
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return without_neutral(body, NEUTRAL_CREATE_FIELDS)
+
+    @model_validator(mode="after")
+    def _check_base(self) -> "CreateRequest":
+        if (self.base is None) == (not self.files):
+            raise RequestInvalid("either from or files says which model it is made of", param="from")
+        return self
+
+    def modelfile(self) -> Modelfile:
+        """Return what the fields say, of a base without a name.
+
+        Raises:
+            RequestInvalid: the template is wrong.
+        """
+        licenses = [self.license] if isinstance(self.license, str) else self.license or []
+        modelfile = Modelfile(
+            source=self.base or "model.gguf",
+            template=self.template or "",
+            system=self.system or "",
+            parameters=self.parameters or {},
+            messages=tuple((message.role, message.content) for message in self.messages or []),
+            licenses=tuple(licenses),
+        )
+        try:
+            return parse_modelfile(modelfile.render())
+        except ModelfileInvalid as error:
+            raise RequestInvalid(str(error), param="template") from None

@@ -1,60 +1,46 @@
 """Ollama's API under /api, and the answer at / by which its clients know it.
 
 Generates through the same service as OpenAI's routes do. A server of one model keeps that model loaded, whatever
-`keep_alive` says.
+`keep_alive` says. manage.py has the routes that change what models there are.
 """
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any, Final
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal
 
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.routing import APIRoute
-from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 
 from octavo_engine.answer import TextDelta, TextLogprobs, TokenText
-from octavo_engine.errors import ModelfileInvalid, OctavoError, RequestInvalid
+from octavo_engine.errors import ModelfileInvalid, OctavoError, RequestInvalid, UserError
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.modelfile import Modelfile
 from octavo_engine.parameters import max_tokens_of, sampling_params, stop_strings
 from octavo_engine.server.dependencies import Admission, CurrentService
-from octavo_engine.server.disconnect import unless_gone
+from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
 from octavo_engine.server.envelope import describe as describe_error
-from octavo_engine.server.ollama.describe import Description, describe, model_info
+from octavo_engine.server.front import Served, Session
+from octavo_engine.server.ollama.content_type import AnyContentType
+from octavo_engine.server.ollama.describe import describe, model_info
 from octavo_engine.server.ollama.protocol import ChatRequest, GenerateRequest, ShowRequest
-from octavo_engine.server.service import Service
+from octavo_engine.store.local import Location
 from octavo_engine.text.template import ChatTemplate
 
 # The release of Ollama whose API this is: clients look at the number before they use what came with it.
 _OLLAMA_VERSION: Final = "0.12.11"
-_CLIENT_GONE: Final = 499  # nginx's status for a client that left; nobody reads it
 _LATEST: Final = ":latest"  # the tag of a name without one
 _NEVER: Final = "9999-12-31T23:59:59Z"  # when a model is unloaded that stays
 
 
-class _AnyContentType(APIRoute):
-    """A route that takes bodies as JSON whatever they are called, as Ollama does: curl calls them a form."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what handles a request (fastapi's "Custom Request and APIRoute class")."""
-        handle = super().get_route_handler()
-
-        async def handle_json(request: Request) -> Response:
-            MutableHeaders(scope=request.scope)["Content-Type"] = "application/json"
-            return await handle(Request(request.scope, request.receive))
-
-        return handle_json
-
-
-router = APIRouter(tags=["ollama"], route_class=_AnyContentType)
+router = APIRouter(tags=["ollama"], route_class=AnyContentType)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
@@ -72,29 +58,22 @@ async def version() -> JSONResponse:
 @router.api_route("/api/tags", methods=["GET", "HEAD"])
 async def list_models(service: CurrentService) -> JSONResponse:
     """The models that can be asked for."""
-    description = await _describe(service)
-    return JSONResponse({"models": [_card(name, description) for name in service.config.engine.served_model_names]})
+    return JSONResponse({"models": [card for model in await service.served() if (card := await _card(model))]})
 
 
 @router.get("/api/ps")
 async def list_loaded(service: CurrentService) -> JSONResponse:
     """The models that are in memory."""
-    model, description = service.loaded_model(), await _describe(service)
-    loaded = {
-        "expires_at": _NEVER,
-        "size_vram": 0 if model.facts.device.startswith("cpu") else description.num_bytes,
-        "context_length": model.facts.max_model_len,
-    }
-    names = service.config.engine.served_model_names[:1]
-    return JSONResponse({"models": [_card(name, description) | loaded for name in names]})
+    models = [card | _loaded(model, card["size"]) for model in await service.loaded() if (card := await _card(model))]
+    return JSONResponse({"models": models})
 
 
 @router.post("/api/show")
 async def show(body: ShowRequest, service: CurrentService) -> JSONResponse:
     """What is known of a model."""
-    _model_named(service, body.model or body.name or "")
-    description = await _describe(service)
-    modelfile = service.location.modelfile or Modelfile(source=str(service.location.path))
+    location = await _location_of(service, body.which)
+    description = await asyncio.to_thread(describe, location.model)
+    modelfile = location.modelfile or Modelfile(source=str(location.path))
     messages = [{"role": role, "content": content} for role, content in modelfile.messages]
     return JSONResponse(
         {
@@ -116,9 +95,11 @@ async def show(body: ShowRequest, service: CurrentService) -> JSONResponse:
 async def generate(body: GenerateRequest, request: Request, service: CurrentService, _admitted: Admission) -> Response:
     """Answer one prompt, or continue it."""
     answer = _Answer(body, lambda text: {"response": text})
-    model = _model_named(service, body.model)
+    if not body.prompt and body.keep_alive == 0 and await service.unload(body.model):
+        return JSONResponse(answer.loaded("unload"))
+    model = await service.model_named(body.model, body.keep_alive)
     if not body.prompt:
-        return JSONResponse(answer.loaded())
+        return JSONResponse(answer.loaded("load"))
     if body.raw or not (model.has_template or body.template):
         if body.system:
             raise RequestInvalid("this model has no template that a system message could be put into", param="system")
@@ -134,43 +115,13 @@ async def generate(body: GenerateRequest, request: Request, service: CurrentServ
 async def chat(body: ChatRequest, request: Request, service: CurrentService, _admitted: Admission) -> Response:
     """Answer a conversation."""
     answer = _Answer(body, lambda text: {"message": {"role": "assistant", "content": text}})
-    model = _model_named(service, body.model)
+    if not body.messages and body.keep_alive == 0 and await service.unload(body.model):
+        return JSONResponse(answer.loaded("unload"))
+    model = await service.model_named(body.model, body.keep_alive)
     if not body.messages:
-        return JSONResponse(answer.loaded())
+        return JSONResponse(answer.loaded("load"))
     prompt = await model.encode_chat([message.for_template() for message in body.messages])
     return await _respond(request, service, model, prompt, answer)
-
-
-def _refuse(path: str, way_out: str) -> None:
-    """Answer a route of Ollama's that there is not here, by name."""
-
-    async def refuse() -> Response:
-        raise RequestInvalid(f"{path} is not supported by this server of one model{way_out}", status=501)
-
-    methods = ["DELETE"] if path == "/api/delete" else ["HEAD", "POST"]
-    router.add_api_route(path, refuse, methods=methods, include_in_schema=False)
-
-
-for _path, _way_out in {
-    "/api/create": "; use `octavo create`",
-    "/api/copy": "; use `octavo cp`",
-    "/api/delete": "; use `octavo rm`",
-    "/api/pull": "; use `octavo pull`",
-    "/api/push": "",
-    "/api/blobs/{digest}": "; use `octavo create`, which reads files where they are",
-    "/api/embed": "",
-    "/api/embeddings": "",
-}.items():
-    _refuse(_path, _way_out)
-
-
-def _model_named(service: Service, name: str) -> LanguageModel:
-    names = service.config.engine.served_model_names
-    if name not in names and name.removesuffix(_LATEST) not in names:
-        raise RequestInvalid(
-            f"model {name[:100]!r} not found; served here: {', '.join(names)}", param="model", status=404
-        )
-    return service.loaded_model()
 
 
 def _compiled(model: LanguageModel, source: str) -> ChatTemplate:
@@ -180,15 +131,23 @@ def _compiled(model: LanguageModel, source: str) -> ChatTemplate:
         raise RequestInvalid(f"template: {error}", param="template") from None
 
 
-async def _describe(service: Service) -> Description:
-    service.loaded_model()  # or else there may be no file yet
-    return await asyncio.to_thread(describe, service.location.path)
+async def _location_of(service: Session, name: str) -> Location:
+    short = name.removesuffix(_LATEST)
+    found = [model.location for model in await service.served() if model.name in {name, short}]
+    if not found:
+        raise RequestInvalid(f"model {name[:100]!r} not found", param="model", status=404)
+    return found[0]
 
 
-def _card(name: str, description: Description) -> dict[str, Any]:
+async def _card(model: Served) -> dict[str, Any] | None:
+    """What lists tell of a model; None: it cannot be run, or has just gone."""
+    try:
+        description = await asyncio.to_thread(describe, model.location.model)
+    except UserError:
+        return None
     return {
-        "name": name,
-        "model": name,
+        "name": model.name,
+        "model": model.name,
         "modified_at": description.modified_at,
         "size": description.num_bytes,
         "digest": description.digest,
@@ -196,15 +155,31 @@ def _card(name: str, description: Description) -> dict[str, Any]:
     }
 
 
+def _loaded(model: Served, num_bytes: int) -> dict[str, Any]:
+    """What /api/ps tells of a model besides."""
+    expires = _NEVER
+    if model.expires_in is not None and math.isfinite(model.expires_in):
+        expires = _told(datetime.now(UTC) + timedelta(seconds=model.expires_in))
+    return {
+        "expires_at": expires,
+        "size_vram": 0 if model.is_on_cpu else num_bytes,
+        "context_length": model.max_model_len,
+    }
+
+
+def _told(time_of: datetime) -> str:
+    return time_of.isoformat().replace("+00:00", "Z")
+
+
 async def _respond(
-    request: Request, service: Service, model: LanguageModel, prompt: list[int], answer: "_Answer"
+    request: Request, service: Session, model: LanguageModel, prompt: list[int], answer: "_Answer"
 ) -> Response:
     grammar = await service.grammar(answer.wanted_output)
     deltas = service.generate(model, answer.begin(prompt, model, grammar))
     if answer.is_streamed:
         return StreamingResponse(answer.lines(deltas), media_type="application/x-ndjson")
     whole = await unless_gone(request, answer.whole(deltas))
-    return Response(status_code=_CLIENT_GONE) if whole is None else JSONResponse(whole)
+    return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
 
 
 class _Answer:
@@ -243,9 +218,9 @@ class _Answer:
             stop=stop_strings(parameters),
         )
 
-    def loaded(self) -> dict[str, Any]:
-        """The answer to a request that asks for nothing but the model in memory."""
-        return self._object("", ()) | {"done": True, "done_reason": "load"}
+    def loaded(self, done_reason: Literal["load", "unload"]) -> dict[str, Any]:
+        """The answer to a request that asks for nothing but the model in memory, or out of it."""
+        return self._object("", ()) | {"done": True, "done_reason": done_reason}
 
     async def whole(self, deltas: AsyncGenerator[TextDelta, None]) -> dict[str, Any]:
         """The body of a response in one piece."""
@@ -277,8 +252,7 @@ class _Answer:
                 yield delta, self._ending(delta, first) if delta.finish_reason is not None else {}
 
     def _object(self, text: str, logprobs: Sequence[TextLogprobs]) -> dict[str, Any]:
-        created_at = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        body = {"model": self._body.model, "created_at": created_at} | self._piece(text)
+        body = {"model": self._body.model, "created_at": _told(datetime.now(UTC))} | self._piece(text)
         if self._body.num_logprobs is not None and logprobs:
             body["logprobs"] = [
                 _token(entry.token) | {"top_logprobs": [_token(token) for token in entry.top]} for entry in logprobs

@@ -15,11 +15,12 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, model_validator
 from starlette.requests import Request
 
+from octavo_engine.generation import LanguageModel
 from octavo_engine.server.body import Neutral, Strict, describing, of_kind, only, without_neutral
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
+from octavo_engine.server.front import Session
 from octavo_engine.server.openai.protocol import Prompts
-from octavo_engine.server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -52,28 +53,20 @@ async def create_embeddings(
     body: EmbeddingRequest, request: Request, service: CurrentService, admit: Admission
 ) -> Response:
     """Embed a text, or several."""
-    model = service.model_named(body.model)
+    model = await service.model_named(body.model)
     service.check_num_prompts(len(body.input), "input")
     adds_special = body.add_special_tokens is not False
     prompts = [await model.encode_prompt(text, adds_special=adds_special, param="input") for text in body.input]
     admit(len(prompts) - 1)
-    whole = await unless_gone(request, _embedded(body, service, prompts))
+    whole = await unless_gone(request, _embedded(body, service, model, prompts))
     return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
 
 
-async def _embedded(body: EmbeddingRequest, service: Service, prompts: Sequence[list[int]]) -> dict[str, Any]:
-    model = service.model_named(body.model)
+async def _embedded(
+    body: EmbeddingRequest, service: Session, model: LanguageModel, prompts: Sequence[list[int]]
+) -> dict[str, Any]:
     request_id = f"embd-{uuid.uuid4().hex}"
-    tasks = [
-        asyncio.create_task(service.embed(model, f"{request_id}-{place}", prompt))
-        for place, prompt in enumerate(prompts)
-    ]
-    try:
-        embeddings = await asyncio.gather(*tasks)
-    finally:  # where one fails, or the client leaves
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    embeddings = await embed_all(service, model, request_id, prompts)
     num_tokens = sum(map(len, prompts))
     return {
         "id": request_id,
@@ -85,6 +78,22 @@ async def _embedded(body: EmbeddingRequest, service: Service, prompts: Sequence[
         "model": body.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
+
+
+async def embed_all(
+    service: Session, model: LanguageModel, request_id: str, prompts: Sequence[list[int]]
+) -> list[Sequence[float]]:
+    """Embed all prompts at once, or none."""
+    tasks = [
+        asyncio.create_task(service.embed(model, f"{request_id}-{place}", prompt))
+        for place, prompt in enumerate(prompts)
+    ]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:  # where one fails, or the client leaves
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _written(embedding: Sequence[float], encoding_format: str | None) -> list[float] | str:

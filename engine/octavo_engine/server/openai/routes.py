@@ -16,10 +16,10 @@ from octavo_engine.errors import RequestInvalid
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.parameters import stop_strings, with_defaults
 from octavo_engine.server.dependencies import Admission, CurrentService
+from octavo_engine.server.front import Served, Session
 from octavo_engine.server.openai.answers import answer
 from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
 from octavo_engine.server.openai.replies import ChatReply, CompletionReply
-from octavo_engine.server.service import Service
 from octavo_engine.structured.checker import Wanted
 from octavo_engine.text.message import MessageFormat
 from octavo_engine.text.tools import ToolChoice
@@ -51,13 +51,13 @@ class BegunChat:
     num_prompt_tokens: int
 
 
-async def begin_chat(body: ChatCompletionRequest, service: Service, request_id: str) -> BegunChat:
+async def begin_chat(body: ChatCompletionRequest, service: Session, request_id: str) -> BegunChat:
     """Do what a chat takes, whatever its answers will be written like.
 
     Raises:
         RequestInvalid, NotServing: it cannot be answered.
     """
-    model = service.model_named(body.model)
+    model = await service.model_named(body.model)
     _check_scheduling(body, service)
     choice = body.tools_to_call
     prompt = await model.encode_chat(
@@ -93,7 +93,7 @@ async def create_completion(
     body: CompletionRequest, request: Request, service: CurrentService, admit: Admission
 ) -> Response:
     """Continue a prompt, or several."""
-    model = service.model_named(body.model)
+    model = await service.model_named(body.model)
     _check_scheduling(body, service)
     service.check_num_prompts(len(body.prompt), "prompt")
     request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -125,25 +125,23 @@ def _shown_id(body: ChatCompletionRequest | CompletionRequest, request_id: str) 
 @router.get("/models")
 async def list_models(service: CurrentService) -> JSONResponse:
     """The names under which the model is served."""
-    model = service.loaded_model()
-    names = service.config.engine.served_model_names
-    return JSONResponse({"object": "list", "data": [_model_card(name, model) for name in names]})
+    return JSONResponse({"object": "list", "data": [_model_card(one) for one in await service.served()]})
 
 
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, service: CurrentService) -> JSONResponse:
     """One of them."""
-    return JSONResponse(_model_card(name, service.model_named(name)))
+    found = [one for one in await service.served() if one.name == name]
+    if not found:
+        raise RequestInvalid(
+            f"there is no model {name[:100]!r} here", param="model", code="model_not_found", status=404
+        )
+    return JSONResponse(_model_card(found[0]))
 
 
-def _model_card(name: str, model: LanguageModel) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": _STARTED,
-        "owned_by": "octavo",
-        "max_model_len": model.facts.max_model_len,
-    }
+def _model_card(model: Served) -> dict[str, Any]:
+    card = {"id": model.name, "object": "model", "created": _STARTED, "owned_by": "octavo"}
+    return card if model.max_model_len is None else card | {"max_model_len": model.max_model_len}
 
 
 def _generation(
@@ -170,7 +168,7 @@ def _generation(
     )
 
 
-def _check_scheduling(body: ChatCompletionRequest | CompletionRequest, service: Service) -> None:
+def _check_scheduling(body: ChatCompletionRequest | CompletionRequest, service: Session) -> None:
     most = service.config.engine.max_num_seqs
     if (body.n or 1) > most:
         raise RequestInvalid(f"n is {body.n}, and --max-num-seqs lets {most} answers be generated at once", param="n")

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.server.body import Strict, Text
-from octavo_engine.server.dependencies import CurrentService
+from octavo_engine.server.dependencies import CurrentFront, CurrentService
 from octavo_engine.server.openai.protocol import ChatMessage, is_token_ids
 
 router = APIRouter(tags=["vllm"])
@@ -49,7 +49,7 @@ class DetokenizeRequest(Strict):
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: CurrentService) -> JSONResponse:
     """Tell the tokens of a text. One that exceeds the context is counted too."""
-    model = service.loaded_model() if body.model is None else service.model_named(body.model)
+    model = await service.model_named(body.model)
     if body.messages is not None:
         ids = await model.encode_chat([message.for_template() for message in body.messages], must_fit=False)
     else:
@@ -63,12 +63,12 @@ async def tokenize(body: TokenizeRequest, service: CurrentService) -> JSONRespon
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: CurrentService) -> JSONResponse:
     """Tell the text of tokens."""
-    model = service.loaded_model() if body.model is None else service.model_named(body.model)
+    model = await service.model_named(body.model)
     model.check_token_ids(body.tokens, "tokens")
     return JSONResponse({"prompt": model.text_of(body.tokens)})
 
 
 @router.get("/load")
-async def load(service: CurrentService) -> JSONResponse:
+async def load(front: CurrentFront) -> JSONResponse:
     """Tell how many requests for generation are in the house, waiting ones included."""
-    return JSONResponse({"server_load": service.num_admitted})
+    return JSONResponse({"server_load": front.num_admitted})

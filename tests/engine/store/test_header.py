@@ -13,7 +13,7 @@ import pytest
 
 from octavo_engine.errors import ModelInvalid, ModelNotFound, SourceUnreachable
 from octavo_engine.store import header
-from octavo_engine.store.pull import Hub
+from octavo_engine.store.remote import Hub
 from octavo_engine.store.source import parse_source
 from octavo_engine.weights.gguf import read_header
 
@@ -88,7 +88,7 @@ def write_model(path: Path, *, num_tokens: int) -> None:
 
 async def fetch(url: str, folder: Path) -> Any:
     folder.mkdir()  # noqa: ASYNC240 - a test may block
-    return read_header(await header.fetch_header(parse_source(url), folder, hub=Hub()))
+    return read_header(await header.fetch_headers(parse_source(url), folder, hub=Hub()))
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["a server with ranges", "a server without"])
