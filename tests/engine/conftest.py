@@ -45,10 +45,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 class ServedModel:
     """`octavo serve` in processes of its own; leaving ends them."""
 
-    def __init__(self, model: Path, log: Path, *options: str) -> None:
+    def __init__(self, model: Path | None, log: Path, *options: str) -> None:
         self.log = log
-        command = [sys.executable, "-m", "octavo_engine", "serve", str(model), "--host", "127.0.0.1", "--port", "0"]
-        command += options
+        command = [sys.executable, "-m", "octavo_engine", "serve", "--host", "127.0.0.1", "--port", "0"]
+        command += [*([] if model is None else [str(model)]), *options]
         with log.open("w") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
         self.url = ""
@@ -118,8 +118,8 @@ class WriteGGUF(Protocol):
 class Serve(Protocol):
     """Starts a server in a context, with options of `octavo serve`; it takes requests when the context is entered."""
 
-    def __call__(self, model: Path, log: Path, *options: str) -> ServedModel:
-        """Start it; what it says goes to `log`."""
+    def __call__(self, model: Path | None, log: Path, *options: str) -> ServedModel:
+        """Start it, without a model for those of the store; what it says goes to `log`."""
         ...
 
 

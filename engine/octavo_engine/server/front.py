@@ -63,6 +63,10 @@ class Session(Protocol):
     def config(self) -> ServerConfig:
         """Of the server; its engine options hold for each model."""
 
+    @property
+    def metrics(self) -> Metrics:
+        """Of the model that was named."""
+
     async def model_named(self, name: str | None, keep_alive: float | None = None) -> LanguageModel:
         """Return the model that a request names, which stays loaded until the session ends. None: the only one.
 

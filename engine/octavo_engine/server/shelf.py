@@ -357,6 +357,12 @@ class ShelfSession:
         return self._shelf.config
 
     @property
+    def metrics(self) -> Metrics:
+        """Of the model (Session)."""
+        assert self._model is not None, "a model was named before"
+        return self._model.service.metrics
+
+    @property
     def shelf(self) -> Shelf:
         """The server (Session)."""
         return self._shelf

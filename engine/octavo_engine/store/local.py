@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from octavo_engine.config import EngineConfig
     from octavo_engine.modelfile import Modelfile
 
+_LATEST: Final = ":latest"  # the tag of a name without one
 _HUB_OR_OLLAMA: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MODELFILE: Final = "Modelfile"  # in the place of a model that came with a template or parameters
 
@@ -125,10 +126,10 @@ def locate(model: str, root: Path, *, names_only: bool = False) -> Location:
         ModelNotFound: none of these; the message says what there is.
     """
     if (modelfile := derived.load(model, root)) is not None:
-        return replace(locate(modelfile.source, root), name=model.removesuffix(":latest"), modelfile=modelfile)
-    if entry := CATALOGUE.get(model):
+        return replace(locate(modelfile.source, root), name=model.removesuffix(_LATEST), modelfile=modelfile)
+    if entry := CATALOGUE.get(short := model.removesuffix(_LATEST)):
         source = parse_source(entry.source)
-        return Location(name=model, path=root / entry.file, source=source, sha256=entry.sha256, store=root)
+        return Location(name=short, path=root / entry.file, source=source, sha256=entry.sha256, store=root)
     try:
         if not is_source(model) and (stored := _in_store(model, root)) is not None:
             return Location(name=stored.stem, path=stored, store=root)
@@ -248,7 +249,7 @@ def _size_of(name: str, root: Path) -> tuple[Path, int, float]:
 def _in_store(name: str, root: Path) -> Path | None:
     if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).parts[:1] in {(part,) for part in INTERNAL}:
         return None
-    candidates = (root / name, root / f"{name.removesuffix(':latest')}.gguf")
+    candidates = (root / name, root / f"{name.removesuffix(_LATEST)}.gguf")
     return next((path for path in candidates if path.suffix == ".gguf" and path.is_file()), None)
 
 
