@@ -120,7 +120,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert about["Version"] == VERSION
     assert about["License-Expression"] == "Apache-2.0"
     assert about["Requires-Python"] == PROJECT["requires-python"]
-    assert set(about.get_all("Provides-Extra", [])) == {"operator", "engine", "otel"}
+    assert set(about.get_all("Provides-Extra", [])) == {"operator", "engine", "otel", "s3"}
     assert in_dist_info(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 

@@ -28,9 +28,9 @@ def leftovers(target: Path) -> set[str]:
     return {path.name for path in target.parent.iterdir()} - {target.name}
 
 
-def spans(server: ModelServer) -> list[tuple[int, int]]:
-    """First and last byte of each range that was asked for."""
-    return [(int(begin), int(end)) for begin, end in (text.split("-") for text in server.fetched_ranges())]
+def spans(server: ModelServer) -> set[tuple[int, int]]:
+    """First and last byte of each range that was asked for; the server may see late what was given up."""
+    return {(int(begin), int(end)) for begin, end in (text.split("-") for text in server.fetched_ranges())}
 
 
 def test_a_file_comes_whole_and_leaves_nothing_beside_it(fetch: Fetch, target: Path, content: bytes) -> None:
