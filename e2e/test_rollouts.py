@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from subprocess import CompletedProcess
 
+    import httpx
+
     from octavo_cluster.backend import Cluster
     from octavo_cluster.recipe import Image
 
@@ -114,9 +116,9 @@ class Story:
 class Api:
     """The cluster's API server, asked directly: to start kubectl takes seconds on a busy machine."""
 
-    def __init__(self, where: Workspace, folder: Path) -> None:
-        self._http = http_client(where.cluster.kubeconfig, folder)
-        self._namespace = where.name
+    def __init__(self, http: httpx.Client, namespace: str) -> None:
+        self._http = http
+        self._namespace = namespace
 
     def pods(self, service: str) -> list[Json]:
         """The engine's pods of a service."""
@@ -213,8 +215,12 @@ def unfolding(cluster: Cluster, engine: Image, name: str, streams: dict[str, flo
     where.apply_all({"rolled": {**on_gpu, **drains}, "deleted": drains, "drained": {"replicas": 2, **drains}})
     for service in STREAMS:
         where.await_ready(service)
-    with ThreadPoolExecutor() as pool, TemporaryDirectory() as folder:
-        api = Api(where, Path(folder))
+    with (
+        TemporaryDirectory() as folder,
+        http_client(cluster.kubeconfig, Path(folder)) as http,
+        ThreadPoolExecutor() as pool,
+    ):
+        api = Api(http, name)
         clients = {service: Client(where, service) for service in streams}
         wait([pool.submit(client.measure) for client in clients.values()])  # at once, as they will stream
         watch = Watch(where, api)
