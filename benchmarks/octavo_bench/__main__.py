@@ -122,7 +122,7 @@ def _work(name: str, scale: float) -> client.Work:
 
 
 async def _with_quality(row: results.Row, engine: Engine, truth: quality.Reference) -> results.Row:
-    with step(f"{engine.name}: quality", expected="1 to 5 min"), serving(engine, _log(engine)) as server:
+    with step(f"{engine.name}: quality", expected="1 to 5 min"), serving(engine) as server:
         try:
             return replace(row, quality=await quality.measure(server, truth))
         except client.RequestFailed as error:
@@ -134,7 +134,7 @@ async def _with_speeds(
     row: results.Row, engine: Engine, works: Sequence[client.Work], machine: dict[str, Any]
 ) -> results.Row:
     row = replace(row, cells=[])
-    with step(f"{engine.name}: speed", expected="2 to 10 min"), serving(engine, _log(engine)) as server:
+    with step(f"{engine.name}: speed", expected="2 to 10 min"), serving(engine) as server:
         start = await _first_token(server)
         peak = 0.0
         for work in works:
@@ -199,12 +199,6 @@ def _static_row(weights: peers.Weights, work: client.Work, machine: dict[str, An
 def _medians(cells: Sequence[results.Cell]) -> list[results.Cell]:
     works = dict.fromkeys(one.work for one in cells)
     return [results.merge([one for one in cells if one.work == work]) for work in works]
-
-
-def _log(engine: Engine) -> Path:
-    folder = paths.cache_dir() / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"bench-{engine.name}.log"
 
 
 if __name__ == "__main__":

@@ -63,18 +63,19 @@ class Seen:
 def fixed_work(num_users: int, num_requests: int, num_prompt_tokens: int = 112, num_output_tokens: int = 64) -> Work:
     """Requests of one shape. No two prompts share a prefix, and every engine gets the same ones."""
     rng = random.Random(f"fixed {num_users}")  # noqa: S311 - prompts, not secrets
-    jobs = [Job(_prompt(rng, num_prompt_tokens), num_output_tokens) for _ in range(num_requests)]
+    jobs = [Job(random_prompt(rng, num_prompt_tokens), num_output_tokens) for _ in range(num_requests)]
     return Work(f"{num_users} user{'s' * (num_users > 1)}", num_users, jobs)
 
 
 def spread_work(num_users: int, num_requests: int) -> Work:
     """Short prompts of 24 to 50 tokens and answers uniform in 32..256 tokens: where static batches waste most."""
     rng = random.Random("spread")  # noqa: S311
-    jobs = [Job(_prompt(rng, rng.randint(24, 50)), rng.randint(32, 256)) for _ in range(num_requests)]
+    jobs = [Job(random_prompt(rng, rng.randint(24, 50)), rng.randint(32, 256)) for _ in range(num_requests)]
     return Work("spread", num_users, jobs)
 
 
-def _prompt(rng: random.Random, length: int) -> list[int]:
+def random_prompt(rng: random.Random, length: int) -> list[int]:
+    """Token ids that no other prompt begins with."""
     return rng.choices(_TOKEN_IDS, k=length)
 
 
@@ -85,7 +86,7 @@ async def run(url: str, model: str, work: Work) -> Seen:
         RequestFailed: a request got no whole answer.
     """
     rng = random.Random("warm-up")  # noqa: S311
-    warm_up = [Job(_prompt(rng, 16), 4) for _ in range(work.num_users)]
+    warm_up = [Job(random_prompt(rng, 16), 4) for _ in range(work.num_users)]
     await asyncio.gather(*(ask(url, model, job, Seen()) for job in warm_up))
     seen, jobs = Seen(), iter(work.jobs)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from octavo_bench import peers, processes
+from octavo_cluster import paths
 from octavo_cluster.errors import CommandFailed
 from octavo_cluster.shell import tail, wait_until
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 MODEL_NAME: Final = "smollm2"  # under which every engine serves it
 NUM_USERS: Final = 32  # the most that any cell has
-_CONTEXT: Final = 1024  # tokens of one user
+CONTEXT: Final = 1024  # tokens of one user
 _START_SECONDS: Final = 900.0  # vLLM compiles
 _STOP_SECONDS: Final = 60.0
 
@@ -126,8 +127,8 @@ class Server:
 def all_engines(names: Sequence[str], weights: peers.Weights) -> list[Engine]:
     """The engines of these names, in that order; sets up what they need."""
     makers = {
-        "octavo": lambda: _octavo("octavo", weights, "auto"),
-        "octavo-bf16": lambda: _octavo("octavo-bf16", weights, "bfloat16"),
+        "octavo": lambda: octavo(weights),
+        "octavo-bf16": lambda: octavo(weights, dtype="bfloat16"),
         "llama.cpp-Q4_0": lambda: _llama_cpp(
             "llama.cpp-Q4_0", peers.quantised(weights, "Q4_0"), "Q4_0, made from the float32 form"
         ),
@@ -141,15 +142,15 @@ def all_engines(names: Sequence[str], weights: peers.Weights) -> list[Engine]:
 NAMES: Final = ("octavo", "octavo-bf16", "llama.cpp-Q4_0", "llama.cpp-Q4_1", "vllm-bf16", "vllm-f32")
 
 
-def _octavo(name: str, weights: peers.Weights, dtype: str) -> Engine:
-    octavo = Path(sys.executable).with_name("octavo")
+def octavo(weights: peers.Weights, *, dtype: str = "auto", context: int = CONTEXT) -> Engine:
+    """This checkout's engine, as it is installed beside the interpreter."""
     return Engine(
-        name=name,
+        name="octavo" if dtype == "auto" else "octavo-bf16",
         is_octavo=True,
         weights=f"Q4_1, --dtype {dtype}",
         bytes_per_step=weights.stored.stat().st_size if dtype == "auto" else _dense_bytes(weights, dtype),
         peak="int8_gop_per_s" if dtype == "auto" else f"{dtype}_gflop_per_s",
-        command=_vllms_words(octavo, weights.stored, dtype),
+        command=_vllms_words(Path(sys.executable).with_name("octavo"), weights.stored, dtype, context),
         dialect=OpenAIDialect(),
         health="/ready",
     )
@@ -165,7 +166,7 @@ def _llama_cpp(name: str, model: Path, what: str) -> Engine:
         peak="int8_gop_per_s",
         command=[
             *(peers.llama_cpp("llama-server"), "--model", model, "--alias", MODEL_NAME, "--host", "127.0.0.1"),
-            *("--threads", threads, "--parallel", str(NUM_USERS), "--ctx-size", str(NUM_USERS * _CONTEXT)),
+            *("--threads", threads, "--parallel", str(NUM_USERS), "--ctx-size", str(NUM_USERS * CONTEXT)),
             *("--cache-ram", "0"),  # do not copy ended prompts aside for a return that never comes
         ],
         dialect=LlamaCppDialect(),
@@ -179,7 +180,7 @@ def _vllm(name: str, weights: peers.Weights, dtype: str) -> Engine:
         weights=f"{dtype}, from the float32 form",
         bytes_per_step=_dense_bytes(weights, dtype),
         peak=f"{dtype}_gflop_per_s",
-        command=_vllms_words(peers.vllm(), weights.transformers, dtype),
+        command=_vllms_words(peers.vllm(), weights.transformers, dtype, CONTEXT),
         dialect=OpenAIDialect(),
         environment={
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
@@ -195,17 +196,19 @@ def _dense_bytes(weights: peers.Weights, dtype: str) -> int:
     return (weights.transformers / "model.safetensors").stat().st_size * width // 4
 
 
-def _vllms_words(program: Path, model: Path, dtype: str) -> list[str | Path]:
+def _vllms_words(program: Path, model: Path, dtype: str, context: int) -> list[str | Path]:
     """A command line that vLLM and Octavo have in common."""
     return [
         *(program, "serve", model, "--served-model-name", MODEL_NAME, "--dtype", dtype),
-        *("--host", "127.0.0.1", "--max-model-len", str(_CONTEXT)),
+        *("--host", "127.0.0.1", "--max-model-len", str(context)),
     ]
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, log: Path) -> Iterator[Server]:
+def serving(engine: Engine) -> Iterator[Server]:
     """Start an engine, wait until it takes requests, and end it with everything that it started.
+
+    What it prints is kept in the cache's folder of logs.
 
     Raises:
         CommandFailed: it ended before it was ready.
@@ -213,6 +216,8 @@ def serving(engine: Engine, log: Path) -> Iterator[Server]:
     """
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
+    log = paths.cache_dir() / "logs" / f"bench-{engine.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(

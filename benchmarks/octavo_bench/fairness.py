@@ -11,14 +11,12 @@ import asyncio
 import contextlib
 import random
 import statistics
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from octavo_bench import peers
-from octavo_bench.client import Job, Seen, ask
-from octavo_bench.engines import MODEL_NAME, all_engines, serving
+from octavo_bench.client import Job, Seen, ask, random_prompt
+from octavo_bench.engines import MODEL_NAME, octavo, serving
 from octavo_bench.results import percentile
-from octavo_cluster import paths
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -40,11 +38,7 @@ def main() -> None:
 
 
 async def _measure() -> None:
-    (engine,) = all_engines(["octavo"], peers.weights())
-    command = [str(_CONTEXT) if word == "1024" else word for word in engine.command]
-    log = paths.cache_dir() / "logs" / "bench-fairness.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with serving(replace(engine, command=command), log) as server:
+    with serving(octavo(peers.weights(), context=_CONTEXT)) as server:
         await _shorts(server.url, 10)
         idle = await _shorts(server.url, _NUM_SHORT)
         long_alone = await _first_token(server.url, _LONG_TOKENS)
@@ -74,13 +68,13 @@ async def _shorts(url: str, count: int) -> list[float]:
 
 async def _first_token(url: str, num_tokens: int) -> float:
     seen = Seen()
-    await ask(url, MODEL_NAME, Job(_prompt(num_tokens), 2), seen)
+    await ask(url, MODEL_NAME, Job(random_prompt(_rng, num_tokens), 2), seen)
     return seen.first_token_seconds[0]
 
 
 async def _gaps(url: str) -> list[float]:
     seen = Seen()
-    await ask(url, MODEL_NAME, Job(_prompt(_SHORT_TOKENS), _NUM_STEPS), seen)
+    await ask(url, MODEL_NAME, Job(random_prompt(_rng, _SHORT_TOKENS), _NUM_STEPS), seen)
     return seen.gap_seconds
 
 
@@ -100,10 +94,6 @@ async def _long_prompts(url: str) -> AsyncIterator[list[float]]:
         asking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asking
-
-
-def _prompt(num_tokens: int) -> list[int]:
-    return _rng.choices(range(1000, 30000), k=num_tokens)
 
 
 if __name__ == "__main__":

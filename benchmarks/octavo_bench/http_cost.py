@@ -12,8 +12,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from octavo_bench import client, peers, processes
-from octavo_bench.engines import MODEL_NAME, NUM_USERS, all_engines, serving
-from octavo_cluster import paths
+from octavo_bench.engines import CONTEXT, MODEL_NAME, NUM_USERS, octavo, serving
 from octavo_engine.client import EngineClient
 from octavo_engine.config import EngineConfig
 from octavo_engine.plan import SamplingParams
@@ -37,7 +36,7 @@ def main() -> None:
 
 async def _measure() -> None:
     weights = peers.weights()
-    (engine,) = all_engines(["octavo"], weights)
+    engine = octavo(weights)
     work = client.fixed_work(NUM_USERS, _NUM_REQUESTS)
     served, direct, shares = [], [], []
     for _ in range(_TURNS):
@@ -55,9 +54,7 @@ async def _measure() -> None:
 
 async def _through_http(engine: Engine, work: client.Work) -> tuple[float, float]:
     """Tokens per second, and the API process' processor time over the engine's."""
-    log = paths.cache_dir() / "logs" / "bench-http-cost.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with serving(engine, log) as server:
+    with serving(engine) as server:
         (core,) = (pid for pid in processes.tree(server.pid) if pid != server.pid)
         await client.run(server.url, MODEL_NAME, client.fixed_work(NUM_USERS, NUM_USERS))
         before, core_before = processes.cpu_seconds(server.pid), processes.cpu_seconds(core)
@@ -69,7 +66,9 @@ async def _through_http(engine: Engine, work: client.Work) -> tuple[float, float
 
 async def _directly(model: Path, work: client.Work) -> float:
     """Tokens per second."""
-    engine = await EngineClient.start(*spawn(EngineConfig(model=model, served_model_names=("m",), max_model_len=1024)))
+    engine = await EngineClient.start(
+        *spawn(EngineConfig(model=model, served_model_names=("m",), max_model_len=CONTEXT))
+    )
     try:
         await engine.ready()
         await _run(engine, client.fixed_work(NUM_USERS, NUM_USERS))
