@@ -162,6 +162,7 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=model.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
+            paces_prefills=model.facts.device == "cpu",
         )
         channel.send(model.facts)
         # In its thread, when the first request with a grammar comes: most servers see none.

@@ -15,12 +15,18 @@ There are no phases: every running request lags behind its known tokens, and a s
    finished. If any can, the others wait, but for the first in order, which is sure of one part in FIRST_PREFILL_PARTS.
    If none can, the step is filled up with them.
 
-So a long prompt gets what short ones leave, neither makes the other's steps long, and nobody starves. With B =
-`max_num_batched_tokens`, S = `max_num_seqs` and F = ceil((B - S + 1) / FIRST_PREFILL_PARTS):
+Where each token makes a step longer (a CPU: `paces_prefills`), prefills beside D decodes get PACED_TOKENS and
+PACED_TOKENS_A_DECODE * D tokens at most, so that the decodes wait for about three times what they need by themselves.
+Of these few, the first in order is sure of one part in PACED_FIRST_PREFILL_PARTS. Elsewhere tokens are nearly free until
+a processor is filled, and more steps would cost more.
 
-- Long prompts cannot hold up short ones. Those that fit into what the decodes and F leave are computed in the step that
-  admits them, and that step computes at most F tokens of longer prompts beside them. So a short prompt waits for the
-  step under way, and then for one that is hardly longer than its own.
+So a long prompt gets what short ones leave, neither makes the other's steps long, and nobody starves. With B =
+`max_num_batched_tokens`, S = `max_num_seqs`, and F = ceil((B - S + 1) / FIRST_PREFILL_PARTS), paced at most
+PACED_TOKENS / PACED_FIRST_PREFILL_PARTS:
+
+- Long prompts cannot hold up short ones. Those that fit into what the decodes and F leave (and pacing allows) are
+  computed in the step that admits them, and that step computes few tokens of longer prompts beside them. So a short
+  prompt waits for the step under way, and then for one that is hardly longer than its own.
 - Short prompts cannot hold up long ones: the first unfinished prompt in order computes at least F tokens in every step.
   Once admitted, a prompt is done after at most the sum of ceil(n / F) steps over itself and the unfinished prompts
   before it in order, n their uncomputed tokens, however many of its priority arrive later.
@@ -57,6 +63,9 @@ if TYPE_CHECKING:
     from octavo_engine.plan import RequestResult, StepResult
 
 FIRST_PREFILL_PARTS = 16
+PACED_TOKENS = 16
+PACED_TOKENS_A_DECODE = 2
+PACED_FIRST_PREFILL_PARTS = 4
 
 _order = attrgetter("order")
 
@@ -72,6 +81,7 @@ class Scheduler:
         max_num_batched_tokens: token budget of one step, at least max_num_seqs.
         eos_token_ids: the model's end-of-sequence tokens.
         enable_prefix_caching: whether requests find the KV of others that began alike.
+        paces_prefills: whether a step takes longer with every token; see above.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
         enable_prefix_caching: bool = True,
+        paces_prefills: bool = False,
     ) -> None:
         assert max_model_len <= num_blocks * block_size, "a request of max_model_len tokens must fit alone"
         assert max_num_batched_tokens >= max_num_seqs, "the budget must hold every decode"
@@ -94,6 +105,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
+        self._paces_prefills = paces_prefills
         self._requests: dict[str, list[Request]] = {}  # the living choices of every request
         self._running: list[Request] = []  # in order
         self._waiting: list[Request] = []  # in order
@@ -168,7 +180,11 @@ class Scheduler:
         scheduled, prefills = self._schedule_decodes()
         self._admit(prefills)
         if prefills:
-            scheduled += self._schedule_prefills(prefills, self._max_num_batched_tokens - len(scheduled))
+            budget, parts = self._max_num_batched_tokens - len(scheduled), FIRST_PREFILL_PARTS
+            if scheduled and self._paces_prefills:
+                budget = min(budget, PACED_TOKENS + PACED_TOKENS_A_DECODE * len(scheduled))
+                parts = PACED_FIRST_PREFILL_PARTS
+            scheduled += self._schedule_prefills(prefills, budget, -(-budget // parts))
         return StepPlan(self._step, tuple(scheduled), tuple(self._copies)) if scheduled else None
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
@@ -296,10 +312,10 @@ class Scheduler:
             insort(self._running, request, key=_order)
             insort(prefills, request, key=_order)
 
-    def _schedule_prefills(self, prefills: list[Request], budget: int) -> list[ScheduledRequest]:
-        """Share `budget` > 0 tokens among the prefills (in order) by the rule of the module's docstring."""
+    def _schedule_prefills(self, prefills: list[Request], budget: int, part: int) -> list[ScheduledRequest]:
+        """Share `budget` > 0 tokens among the prefills (in order) by the rule above; `part` of them are the first's."""
         first = prefills[0]
-        reserved = min(first.num_uncomputed_tokens, -(-budget // FIRST_PREFILL_PARTS))
+        reserved = min(first.num_uncomputed_tokens, part)
         budget -= reserved
         any_finishes = False
         scheduled = []

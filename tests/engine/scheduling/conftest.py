@@ -119,6 +119,7 @@ class Engine:
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
         enable_prefix_caching: bool = True,
+        paces_prefills: bool = False,
     ) -> None:
         self.max_model_len = max_model_len or num_blocks * block_size
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -130,6 +131,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             eos_token_ids=frozenset({EOS}),
             enable_prefix_caching=enable_prefix_caching,
+            paces_prefills=paces_prefills,
         )
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size)
         self.outputs: dict[str, tuple[int, ...]] = {}

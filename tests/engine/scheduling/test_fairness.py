@@ -10,7 +10,12 @@ from tests.engine.scheduling.conftest import Engine, answer
 
 from octavo_engine.messages import AddRequest
 from octavo_engine.plan import SamplingParams
-from octavo_engine.scheduler import FIRST_PREFILL_PARTS
+from octavo_engine.scheduler import (
+    FIRST_PREFILL_PARTS,
+    PACED_FIRST_PREFILL_PARTS,
+    PACED_TOKENS,
+    PACED_TOKENS_A_DECODE,
+)
 
 
 def test_a_lower_priority_number_is_admitted_first_and_preempted_last() -> None:
@@ -72,15 +77,29 @@ def test_short_prompts_are_computed_as_they_are_admitted_however_many_long_ones_
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     short_length=st.integers(1, 6),
     short_priority=st.sampled_from([0, 3]),
+    paces_prefills=st.booleans(),
 )
 def test_a_long_prompt_is_done_within_its_bound_however_many_short_ones_keep_coming(
-    max_num_seqs: int, num_spare_tokens: int, lengths: list[int], short_length: int, short_priority: int
+    *,
+    max_num_seqs: int,
+    num_spare_tokens: int,
+    lengths: list[int],
+    short_length: int,
+    short_priority: int,
+    paces_prefills: bool,
 ) -> None:
     budget = max_num_seqs + num_spare_tokens
-    engine = Engine(num_blocks=1000, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    engine = Engine(
+        num_blocks=1000,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        paces_prefills=paces_prefills,
+    )
     for i, length in enumerate(lengths):
         engine.add(f"long {i}", length, max_tokens=1)
     num_tokens_a_step = -(-(budget - max_num_seqs + 1) // FIRST_PREFILL_PARTS)
+    if paces_prefills:
+        num_tokens_a_step = min(num_tokens_a_step, PACED_TOKENS // PACED_FIRST_PREFILL_PARTS)
     bound = 0
     for i, length in enumerate(lengths):
         bound += -(-length // num_tokens_a_step)
@@ -91,6 +110,19 @@ def test_a_long_prompt_is_done_within_its_bound_however_many_short_ones_keep_com
             assert engine.num_steps <= bound
 
 
+@settings(deadline=None)
+@given(num_decodes=st.integers(0, 12), length=st.integers(1, 200))
+def test_a_paced_prefill_gets_the_whole_step_alone_and_little_beside_decodes(num_decodes: int, length: int) -> None:
+    engine = Engine(num_blocks=1000, max_num_seqs=20, max_num_batched_tokens=64, paces_prefills=True)
+    for i in range(num_decodes):
+        engine.add(f"decode {i}", 1, max_tokens=100)
+    engine.step()
+    engine.add("prefill", length)
+    step = engine.step()
+    room = min(64 - num_decodes, PACED_TOKENS + PACED_TOKENS_A_DECODE * num_decodes) if num_decodes else 64
+    assert step == {f"decode {i}": 1 for i in range(num_decodes)} | {"prefill": min(room, length)}
+
+
 class TimedEngine:
     """A step takes as long as SmolLM2's on two cores: so many seconds, and so many for each token and its context.
 
@@ -99,7 +131,9 @@ class TimedEngine:
     """
 
     def __init__(self) -> None:
-        self.engine = Engine(num_blocks=2000, block_size=8, max_num_seqs=64, max_num_batched_tokens=512)
+        self.engine = Engine(
+            num_blocks=2000, block_size=8, max_num_seqs=64, max_num_batched_tokens=512, paces_prefills=True
+        )
         self.now = 0.0
         self.longest_step = 0.0
         self.arrivals: dict[str, float] = {}
@@ -152,7 +186,7 @@ def test_a_prompt_of_7000_tokens_at_most_doubles_the_wait_of_short_ones_plus_a_s
             arrival = busy.now + next(thinking)
 
     waits = sorted(busy.waited(f"short {number}") for number in range(num_short))
-    assert num_short > 10
+    assert num_short >= 10
     assert waits[-1] <= 2 * idle.waited("short") + busy.longest_step
     alone = TimedEngine()
     alone.add("long", 7000, 4, 0.0)
