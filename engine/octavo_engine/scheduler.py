@@ -17,8 +17,8 @@ There are no phases: every running request lags behind its known tokens, and a s
 
 Where each token makes a step longer (a CPU: `paces_prefills`), prefills beside D decodes get PACED_TOKENS and
 PACED_TOKENS_A_DECODE * D tokens at most, so that the decodes wait for about three times what they need by themselves.
-Of these few, the first in order is sure of one part in PACED_FIRST_PREFILL_PARTS. Elsewhere tokens are nearly free until
-a processor is filled, and more steps would cost more.
+Of these few, the first in order is sure of one part in PACED_FIRST_PREFILL_PARTS. Elsewhere tokens are nearly free
+until a processor is filled, and more steps would cost more.
 
 So a long prompt gets what short ones leave, neither makes the other's steps long, and nobody starves. With B =
 `max_num_batched_tokens`, S = `max_num_seqs`, and F = ceil((B - S + 1) / FIRST_PREFILL_PARTS), paced at most
