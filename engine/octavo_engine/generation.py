@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import sys
 from array import array
@@ -17,6 +18,7 @@ from octavo_engine.answer import Answer
 from octavo_engine.errors import ConfigError, GenerationFailed, RequestInvalid
 from octavo_engine.parameters import max_tokens_of
 from octavo_engine.plan import SamplingParams
+from octavo_engine.structured.checker import Wanted
 from octavo_engine.text import thoughts
 from octavo_engine.text.load import load_tokenizer
 from octavo_engine.text.message import MessageFormat
@@ -186,7 +188,7 @@ class LanguageModel:
         """
         template = template or self._template
         if template is None or not template.takes_tools:
-            problem = "this model's chat template does not tell it of tools"
+            problem = "this model does not support tools: its chat template does not tell it of them"
         elif template.tool_format is None:
             known = ", ".join(one.name for one in FORMATS)
             problem = f"how this model's chat template writes calls of tools is not known (known are {known})"
@@ -197,9 +199,34 @@ class LanguageModel:
             param="tools",
         )
 
-    def message_format(self, prompt: Sequence[int], choice: ToolChoice | None = None) -> MessageFormat:
-        """Return what the answers to the prompt of a chat may hold. `choice` is of the tools that it tells of."""
-        thinks = self._template is not None and self._template.thinks
+    def thinking(self, wanted: bool | str | None, template: ChatTemplate | None = None) -> dict[str, Any]:  # noqa: FBT001 - Ollama's: whether, or how much
+        """Return the arguments for `encode_chat` that have the model think; None: it does if it can.
+
+        Raises:
+            RequestInvalid: it is wanted, and the model cannot.
+        """
+        template = template or self._template
+        if template is not None and template.thinks:
+            return template.thinking(True if wanted is None else wanted)
+        if wanted:
+            raise RequestInvalid(
+                f"this model does not support thinking: its chat template has no {thoughts.OPEN}; leave out think",
+                param="think",
+            )
+        return {}
+
+    def message_format(
+        self, prompt: Sequence[int], choice: ToolChoice | None = None, *, template: ChatTemplate | None = None
+    ) -> MessageFormat:
+        """Return what the answers to the prompt of a chat may hold.
+
+        Args:
+            prompt: of the chat.
+            choice: of the tools that it tells of.
+            template: that wrote it, if it was not the model's.
+        """
+        template = template or self._template
+        thinks = template is not None and template.thinks
         begun = thinks and self.text_of(prompt[-_TAG_TOKENS:]).rstrip().endswith(thoughts.OPEN)
         message_format = MessageFormat(thinks, begun)
         return message_format if choice is None else message_format.with_tools(self.tool_format(), choice)
@@ -208,17 +235,26 @@ class LanguageModel:
         """Return the control tokens by which a parser of messages tells their parts."""
         return frozenset(self._tokenizer.control_ids_of(message_format.marks).values())
 
-    def tool_grammar(self, choice: ToolChoice, schema: Mapping[str, Any] | None) -> str:
-        """As ToolFormat.grammar, in the model's format."""
-        form = self.tool_format()
-        return form.grammar(choice, self._tokenizer.control_ids_of(form.marks), schema)
+    def wanted_of_chat(
+        self, wanted: Wanted | None, choice: ToolChoice | None, message_format: MessageFormat
+    ) -> Wanted | None:
+        """Return what the answers of a chat keep to once the model has thought: calls, what is `wanted`, or either.
 
-    def thought_grammar(self, message_format: MessageFormat) -> str:
-        """Return the grammar of what comes before an answer (thoughts.py); empty: nothing does."""
-        if not message_format.thinks:
-            return ""
+        Args:
+            wanted: by the request; with `choice` a JSON schema.
+            choice: of tools.
+            message_format: of the answers.
+        """
+        if choice is not None and (choice.needs_grammar or wanted is not None):
+            form = self.tool_format()
+            schema = json.loads(wanted.text) if wanted is not None else None
+            mark_ids = self._tokenizer.control_ids_of(form.marks)
+            wanted = Wanted("lark", form.grammar(choice, mark_ids, schema), "tools")
+        if wanted is None or not message_format.thinks:
+            return wanted
         mark_ids = self._tokenizer.control_ids_of((thoughts.OPEN, thoughts.CLOSE))
-        return thoughts.grammar_before_answer(mark_ids, begun=message_format.thought_begun)
+        before = thoughts.grammar_before_answer(mark_ids, begun=message_format.thought_begun)
+        return replace(wanted, before=before)
 
     async def encode_prompt(
         self, prompt: str | Sequence[int], *, adds_special: bool = True, must_fit: bool = True, param: str = "prompt"
@@ -336,8 +372,12 @@ class LanguageModel:
 
     async def _encode(self, segments: Sequence[Segment], param: str, *, must_fit: bool) -> list[int]:
         num_characters = sum(len(segment.text) for segment in segments)
+        try:
+            num_bytes = sum(len(segment.text.encode()) for segment in segments)
+        except UnicodeEncodeError:  # out of JSON that was a part of a message, such as a call's arguments
+            raise RequestInvalid("the text has a lone surrogate, which is not a character", param=param) from None
         # No token stands for more than so many bytes, so that a flood of text is refused without tokenising it.
-        fewest = sum(len(segment.text.encode()) for segment in segments) // self._tokenizer.max_token_bytes
+        fewest = num_bytes // self._tokenizer.max_token_bytes
         self._refuse_overlong(fewest, param, at_least=True)
         if num_characters > _INLINE_CHARACTERS:
             ids = await asyncio.to_thread(self._tokenizer.encode, segments)

@@ -57,6 +57,7 @@ class _Model:
     num_users: int = 0  # requests that use it or wait for it
     last_used: float = 0.0  # on the event loop's clock, like the next
     expires: float = math.inf  # when it is unloaded unless somebody uses it
+    keep_alive: float = KEEP_ALIVE_SECONDS  # that the last request which told it told
     num_bytes: int = 0  # that it was planned to need
     is_retired: bool = False  # it goes when its last user has gone
     running: asyncio.Task[None] | None = None  # service.run
@@ -193,18 +194,22 @@ class Shelf(Front):
         try:
             await asyncio.shield(model.loading)
         except UserError as error:
-            self.release(model, KEEP_ALIVE_SECONDS)
+            self.release(model)
             raise RequestInvalid(f"{model.name} cannot be loaded: {error}", param="model", status=500) from error
         except BaseException:
-            self.release(model, KEEP_ALIVE_SECONDS)
+            self.release(model)
             raise
         return model
 
-    def release(self, model: _Model, keep_alive: float) -> None:
-        """Take back one user of the model, which shall stay for `keep_alive` seconds after its last one."""
+    def release(self, model: _Model, keep_alive: float | None = None) -> None:
+        """Take back one user of the model, which shall stay for `keep_alive` seconds after its last one.
+
+        None: as long as was said before, as Ollama has it.
+        """
         now = asyncio.get_running_loop().time()
         model.num_users -= 1
-        model.last_used, model.expires = now, now + keep_alive
+        model.keep_alive = model.keep_alive if keep_alive is None else keep_alive
+        model.last_used, model.expires = now, now + model.keep_alive
         self._unload_if_retired(model)
         self._tell()
 
@@ -214,7 +219,7 @@ class Shelf(Front):
         model = self._models.get(location.name)
         if model is None:
             return False
-        model.expires = 0.0
+        model.keep_alive = model.expires = 0.0
         self._tell()
         return True
 
@@ -349,7 +354,7 @@ class ShelfSession:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._model: _Model | None = None
-        self._keep_alive = KEEP_ALIVE_SECONDS
+        self._keep_alive: float | None = None
 
     @property
     def config(self) -> ServerConfig:
@@ -371,7 +376,7 @@ class ShelfSession:
         """Return the model, loaded until the session ends (Session)."""
         if name is None:
             raise RequestInvalid("model is required: this server has many", param="model")
-        self._keep_alive = KEEP_ALIVE_SECONDS if keep_alive is None else keep_alive
+        self._keep_alive = keep_alive
         self.release()
         self._model = await self._shelf.acquire(name)
         return self._model.service.loaded_model()

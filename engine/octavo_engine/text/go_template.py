@@ -23,6 +23,11 @@ _FIELDS: Final = {
     "tool_call_id": "ToolCallID",
     "tool_calls": "ToolCalls",
 }
+# What chat templates in jinja2 call what these have under other names.
+_ARGUMENTS: Final = {
+    "enable_thinking": frozenset({"Think", "IsThinkSet"}),
+    "reasoning_effort": frozenset({"ThinkLevel"}),
+}
 
 
 class GoTemplate:
@@ -40,7 +45,17 @@ class GoTemplate:
         """Whether it tells the model of tools."""
         return {"Messages", "Tools"} <= self._fields
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> str:
+    @property
+    def arguments(self) -> frozenset[str]:
+        """The names, as chat templates have them, of what `render` may be given besides messages and tools."""
+        return frozenset(name for name, fields in _ARGUMENTS.items() if fields & self._fields)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the prompt for the next answer. Tools, and calls in messages, are as OpenAI's API has them.
 
         A template without .Messages is rendered once for each round of system message, prompt and answer, the last time
@@ -52,15 +67,20 @@ class GoTemplate:
         told = [{_FIELDS.get(key, key.title()): _object(value) for key, value in one.items()} for one in messages]
         try:
             if "Messages" in self._fields:
-                return self._render_all(_collated(told), [_object(tool) for tool in tools])
+                return self._render_all(_collated(told), [_object(tool) for tool in tools], arguments or {})
             return self._render_rounds(told)
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise ModelfileInvalid(f"the template does not go with these messages: {error}") from error
 
-    def _render_all(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
+    def _render_all(self, messages: list[dict[str, Any]], tools: list[Any], arguments: Mapping[str, Any]) -> str:
         system = "\n\n".join(message["Content"] for message in messages if message["Role"] == "system")
         data = {"Messages": messages, "System": system, "Tools": tools, "Prompt": "", "Response": ""}
-        return self._run(data, cut=False)
+        thinking = {
+            "Think": bool(arguments.get("enable_thinking")),
+            "ThinkLevel": str(arguments.get("reasoning_effort") or ""),
+            "IsThinkSet": "enable_thinking" in arguments,
+        }
+        return self._run(data | thinking, cut=False)
 
     def _render_rounds(self, messages: Sequence[Mapping[str, Any]]) -> str:
         text = ""

@@ -33,6 +33,8 @@ Message = dict[str, Any]  # role, content and whatever else the template may rea
 _Write = Callable[[list[Message], list[Any], Mapping[str, Any]], str]  # messages, tools, arguments
 
 _OURS: Final = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
+_SWITCHES: Final = ("enable_thinking", "thinking")  # Qwen 3's; DeepSeek V3.1's and Granite's
+_LEVEL: Final = "reasoning_effort"  # gpt-oss'
 
 
 class ChatTemplate:
@@ -65,13 +67,13 @@ class ChatTemplate:
     def _go(self, source: str) -> tuple[_Write, frozenset[str]]:
         template, tokenizer = GoTemplate(source), self._tokenizer
 
-        def write(messages: list[Message], tools: list[Any], _arguments: Mapping[str, Any]) -> str:
-            text = template.render(messages, tools)
+        def write(messages: list[Message], tools: list[Any], arguments: Mapping[str, Any]) -> str:
+            text = template.render(messages, tools, arguments)
             # Templates of Ollama's models leave to the tokenizer what comes before every prompt.
             first = tokenizer.bos_token if tokenizer.prompt_prefix_ids else ""
             return text if text.startswith(first) else first + text
 
-        return write, frozenset({"tools"} if template.takes_tools else ())
+        return write, template.arguments | ({"tools"} if template.takes_tools else set())
 
     def _jinja2(self, source: str) -> tuple[_Write, frozenset[str]]:
         environment = ImmutableSandboxedEnvironment(
@@ -92,6 +94,14 @@ class ChatTemplate:
             return template.render({**arguments, **ours})
 
         return write, reads
+
+    def thinking(self, wanted: bool | str) -> dict[str, Any]:  # noqa: FBT001 - Ollama's: whether, or how much
+        """Return the arguments by which it is told whether the model shall think; empty: it has no switch for that."""
+        is_on = wanted is not False
+        told: dict[str, Any] = {name: is_on for name in _SWITCHES if name in self.arguments}
+        if isinstance(wanted, str) and _LEVEL in self.arguments:
+            told[_LEVEL] = wanted
+        return told
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), arguments: Mapping[str, Any] | None = None

@@ -125,6 +125,36 @@ async def test_a_model_goes_when_its_time_is_over(
     assert engine.processes[0].wait(5) is not None
 
 
+async def test_who_says_no_time_leaves_it_as_it_was(ollama: AsyncClient, ready: httpx.AsyncClient) -> None:
+    await ask(ollama, "a", keep_alive=-1)
+    await ask(ollama, "a")
+    assert (await ready.post("/v1/chat/completions", json={"model": "a", "messages": HI})).status_code == 200
+    (model,) = (await ollama.ps()).models
+    assert model.expires_at is not None
+    assert model.expires_at.year == 9999
+
+
+async def test_a_model_that_is_to_go_goes_when_its_last_answer_is_whole(
+    ollama: AsyncClient, engine: FakeEngine, eventually: Eventually
+) -> None:
+    engine.steps.clear()
+    asking = asyncio.create_task(ask(ollama, "a", keep_alive=None))
+
+    async def has_begun() -> bool:
+        return engine.num_steps > 0
+
+    await eventually(has_begun)
+    await ollama.generate(model="a", keep_alive=0)
+    assert await loaded(ollama) == ["a"]
+    engine.steps.set()
+    assert await asking == ANSWER
+
+    async def is_gone() -> bool:
+        return await loaded(ollama) == []
+
+    await eventually(is_gone)
+
+
 async def test_a_model_can_be_loaded_and_unloaded_without_a_prompt(
     ollama: AsyncClient, spawned: list[str], eventually: Eventually
 ) -> None:

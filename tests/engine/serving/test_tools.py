@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from tests.engine.serving.conftest import CALL, TEMPLATE, WEATHER
 
 from octavo_engine.config import EngineConfig, ServerConfig
 
@@ -15,26 +16,7 @@ if TYPE_CHECKING:
     import httpx
     from tests.engine.serving.conftest import FakeEngine
 
-# In the manner of Qwen 3's: tools in the system message, calls between tags, thoughts that can be switched off.
-TEMPLATE: Final = (
-    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}"
-    "{% for call in message.tool_calls %}<tool_call>\n"
-    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-)
 OPENS_A_THOUGHT: Final = TEMPLATE + "<think>\n"
-WEATHER: Final = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Tells the weather.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CALL: Final = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 TWO_CALLS: Final = f"I look.\n{CALL}\n{CALL}"
 
 

@@ -10,11 +10,12 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from octavo_engine.models.checkpoint import CONFIG_FILE
 from octavo_engine.planning import read_model
 from octavo_engine.text.load import load_tokenizer
+from octavo_engine.text.template import ChatTemplate
 from octavo_engine.weights.gguf import part_paths, read_header
 
 if TYPE_CHECKING:
@@ -86,6 +87,31 @@ def _describe(path: Path, num_bytes: int, modified_ns: int) -> Description:
         license=text_license,
         model_info=info,
     )
+
+
+def capabilities(path: Path, *, template: str = "", chat_template: str = "") -> list[str]:
+    """Return what the model at `path` can do, in Ollama's words.
+
+    Args:
+        path: of the model; `describe` tells what it raises.
+        template: in Go's language, in place of the model's own.
+        chat_template: in jinja2, in place of either.
+    """
+    description = describe(path)
+    if (path / "modules.json").exists() or any(name.endswith(".pooling_type") for name in description.model_info):
+        return ["embedding"]  # made for nothing else
+    source = chat_template or template or description.template
+    language: Literal["jinja2", "go"] = "go" if template and not chat_template else "jinja2"
+    return ["completion", *_capabilities_of_chat(path, description.digest, source, language)]
+
+
+@lru_cache(maxsize=64)
+def _capabilities_of_chat(path: Path, _state: str, source: str, language: Literal["jinja2", "go"]) -> tuple[str, ...]:
+    if not source:
+        return ()
+    template = ChatTemplate(source, load_tokenizer(path), language)
+    can_call = template.takes_tools and template.tool_format is not None
+    return (*(["tools"] if can_call else []), *(["thinking"] if template.thinks else []))
 
 
 def model_info(description: Description, *, verbose: bool) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final
 
 import httpx
-import msgspec
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect, Request
@@ -22,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from octavo_engine.errors import OctavoError, RequestInvalid, UserError
 from octavo_engine.server.dependencies import CurrentService
 from octavo_engine.server.envelope import describe as describe_error
+from octavo_engine.server.ollama.answers import line
 from octavo_engine.server.ollama.content_type import AnyContentType
 from octavo_engine.server.ollama.describe import describe
 from octavo_engine.server.ollama.protocol import CopyRequest, CreateRequest, ModelRequest, TransferRequest
@@ -189,7 +189,7 @@ async def _lines(
     def on_progress(done: int, total: int | None) -> None:
         progress.update({"completed": done} if total is None else {"completed": done, "total": total})
 
-    yield _line(first)
+    yield line(first)
     task = asyncio.ensure_future(work(on_progress))
     told: dict[str, Any] = {}
     try:
@@ -197,21 +197,17 @@ async def _lines(
             await asyncio.wait([task], timeout=_TELL_SECONDS)
             if progress and progress != told:
                 told = dict(progress)
-                yield _line({"status": status} | told)
+                yield line({"status": status} | told)
         task.result()
-        yield _line({"status": "success"})
+        yield line({"status": "success"})
     except UserError as error:
-        yield _line({"error": str(error)})
+        yield line({"error": str(error)})
     except OctavoError as error:
-        yield _line({"error": describe_error(error)[1]["error"]["message"]})
+        yield line({"error": describe_error(error)[1]["error"]["message"]})
     finally:  # a client that leaves ends the work; what has arrived is kept
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
-
-
-def _line(body: dict[str, Any]) -> bytes:
-    return msgspec.json.encode(body) + b"\n"
 
 
 @contextlib.contextmanager

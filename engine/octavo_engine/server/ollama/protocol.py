@@ -14,7 +14,10 @@ from octavo_engine.errors import ModelfileInvalid, RequestInvalid
 from octavo_engine.modelfile import Modelfile, parse_modelfile
 from octavo_engine.parameters import Parameters, check_all
 from octavo_engine.server.body import Neutral, Strict, Text, only, without_neutral
+from octavo_engine.server.openai.tools import MAX_TOOLS, ToolDefinition
 from octavo_engine.structured.checker import Wanted
+from octavo_engine.text.template import Message
+from octavo_engine.text.tools import ToolChoice
 
 # Fields that clients send, at the values at which they ask for nothing. null always asks for nothing.
 NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
@@ -24,18 +27,17 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "shift": only(False, instead="a full context ends the answer, and nothing of it is dropped"),
     "steps": only(0),
     "suffix": only(""),
-    "think": only(False),
-    "tools": only([]),
     "truncate": only(False, instead="an overlong prompt is an error, and nothing of it is cut"),
     "width": only(0),
 }
-NEUTRAL_MESSAGE_FIELDS: Final[Mapping[str, Neutral]] = {
+NEUTRAL_MESSAGE_FIELDS: Final[dict[str, Neutral]] = {
     "images": only([], instead="this engine has no models that see images"),
-    "tool_calls": only([]),
-    "tool_call_id": only(""),
-    "tool_name": only(""),
 }
 
+NEUTRAL_OPENING_FIELDS: Final[Mapping[str, Neutral]] = NEUTRAL_MESSAGE_FIELDS | {
+    name: only(nothing, instead="a MESSAGE of a Modelfile is a text")
+    for name, nothing in {"thinking": "", "tool_calls": [], "tool_name": "", "tool_call_id": ""}.items()
+}
 NEUTRAL_EMBED_FIELDS: Final[Mapping[str, Neutral]] = {
     "dimensions": only(0, instead="an embedding has as many numbers as the model's states have"),
     "truncate": only(False, instead="an overlong text is an error, and nothing of it is cut"),
@@ -123,6 +125,7 @@ class _GenerationBody(_ModelBody):
     format: Literal["", "json"] | dict[str, Any] | None = None  # json: any object; or a schema
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None  # null: models that can do
 
     @model_validator(mode="before")
     @classmethod
@@ -157,34 +160,73 @@ class GenerateRequest(_GenerationBody):
 
     @model_validator(mode="after")
     def _check_raw(self) -> "GenerateRequest":
-        for name in ("system", "template"):
+        for name in ("system", "template", "think"):
             if self.raw and getattr(self, name):
                 raise RequestInvalid(f"{name} does not go with raw: true, which leaves templates out", param=name)
         return self
 
 
+class CalledFunction(Strict):
+    """What was called, and with what."""
+
+    name: Text
+    arguments: dict[str, Any] | None = None  # null: none
+    index: int | None = None  # of the call in its answer, which clients may leave in
+
+
+class MadeCall(Strict):
+    """A call in a message of before."""
+
+    function: CalledFunction
+    id: Text | None = None
+    type: Literal["function"] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the call as templates know it."""
+        function = {"name": self.function.name, "arguments": self.function.arguments or {}}
+        return {"id": self.id or "", "type": "function", "function": function}
+
+
 class ChatMessage(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    content: Text = ""
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text | None = None
     thinking: Text | None = None  # what the model thought before an answer of before
+    tool_calls: list[MadeCall] | None = None  # that the model made
+    tool_name: Text | None = None  # whose result the content is
+    tool_call_id: Text | None = None  # the call that it is the result of
 
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, body: object) -> object:
         return without_neutral(body, NEUTRAL_MESSAGE_FIELDS)
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _check_role(self) -> "ChatMessage":
+        for name, role in (("tool_calls", "assistant"), ("tool_name", "tool"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise RequestInvalid(f"only messages of the role {role} have it", param=name)
+        return self
+
+    def for_template(self) -> Message:
         """Return the message as templates know it."""
-        thinking = {"reasoning_content": self.thinking} if self.thinking is not None else {}
-        return {"role": self.role, "content": self.content} | thinking
+        named = {"reasoning_content": self.thinking, "name": self.tool_name, "tool_call_id": self.tool_call_id}
+        given = {name: value for name, value in named.items() if value}
+        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": self.role, "content": self.content or ""} | given | calls
 
 
 class ChatRequest(_GenerationBody):
     """The body of POST /api/chat."""
 
     messages: list[ChatMessage] | None = None  # null or empty: only load the model
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+
+    @property
+    def tools_to_call(self) -> ToolChoice | None:
+        """Which tools the answer may call; None: none."""
+        return ToolChoice([definition.tool() for definition in self.tools]) if self.tools else None
 
 
 Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
@@ -232,6 +274,18 @@ class CopyRequest(Strict):
     destination: Name
 
 
+class OpeningMessage(Strict):
+    """A message with which every conversation of a model begins."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: object) -> object:
+        return without_neutral(body, NEUTRAL_OPENING_FIELDS)
+
+
 class CreateRequest(ModelRequest):
     """The body of POST /api/create: a Modelfile's instructions as fields."""
 
@@ -241,7 +295,7 @@ class CreateRequest(ModelRequest):
     license: Text | list[Text] | None = None
     system: Text | None = None
     parameters: Annotated[dict[str, Any], BeforeValidator(_checked_options)] | None = None
-    messages: list[ChatMessage] | None = None
+    messages: list[OpeningMessage] | None = None
     stream: bool | None = None  # null: true
 
     @model_validator(mode="before")

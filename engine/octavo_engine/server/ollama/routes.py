@@ -5,33 +5,26 @@ Generates through the same service as OpenAI's routes do. A server of one model 
 """
 
 import asyncio
-import contextlib
 import math
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import msgspec
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.requests import Request
 
-from octavo_engine.answer import TextDelta, TextLogprobs, TokenText
-from octavo_engine.errors import ModelfileInvalid, OctavoError, RequestInvalid, UserError
+from octavo_engine.errors import ModelfileInvalid, RequestInvalid, UserError
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.modelfile import Modelfile
-from octavo_engine.parameters import max_tokens_of, sampling_params, stop_strings
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
-from octavo_engine.server.envelope import describe as describe_error
 from octavo_engine.server.front import Served, Session
+from octavo_engine.server.ollama.answers import Answer, as_message, as_response, told
 from octavo_engine.server.ollama.content_type import AnyContentType
-from octavo_engine.server.ollama.describe import describe, model_info
+from octavo_engine.server.ollama.describe import capabilities, describe, model_info
 from octavo_engine.server.ollama.protocol import ChatRequest, GenerateRequest, ShowRequest
 from octavo_engine.store.local import Location
+from octavo_engine.text.message import MessageFormat
 from octavo_engine.text.template import ChatTemplate
 
 # The release of Ollama whose API this is: clients look at the number before they use what came with it.
@@ -75,17 +68,21 @@ async def show(body: ShowRequest, service: CurrentService) -> JSONResponse:
     description = await asyncio.to_thread(describe, location.model)
     modelfile = location.modelfile or Modelfile(source=str(location.path))
     messages = [{"role": role, "content": content} for role, content in modelfile.messages]
+    own = service.config.chat_template
+    chat_template = "" if own is None else await asyncio.to_thread(own.read_text, encoding="utf-8")
     return JSONResponse(
         {
             "license": "\n".join(modelfile.licenses) or description.license,
             "modelfile": modelfile.render(),
             "parameters": "\n".join(f"{name:30} {value}" for name, value in modelfile.parameter_lines()),
-            "template": modelfile.template or description.template,
+            "template": chat_template or modelfile.template or description.template,
             "system": modelfile.system,
             "messages": messages,
             "details": description.details,
             "model_info": model_info(description, verbose=bool(body.verbose)),
-            "capabilities": ["completion"],
+            "capabilities": await asyncio.to_thread(
+                capabilities, location.model, template=modelfile.template, chat_template=chat_template
+            ),
             "modified_at": description.modified_at,
         }
     )
@@ -94,12 +91,13 @@ async def show(body: ShowRequest, service: CurrentService) -> JSONResponse:
 @router.post("/api/generate")
 async def generate(body: GenerateRequest, request: Request, service: CurrentService, _admitted: Admission) -> Response:
     """Answer one prompt, or continue it."""
-    answer = _Answer(body, lambda text: {"response": text})
+    answer = Answer(body, as_response)
     if not body.prompt and body.keep_alive == 0 and await service.unload(body.model):
         return JSONResponse(answer.loaded("unload"))
     model = await service.model_named(body.model, body.keep_alive)
     if not body.prompt:
         return JSONResponse(answer.loaded("load"))
+    form = MessageFormat()
     if body.raw or not (model.has_template or body.template):
         if body.system:
             raise RequestInvalid("this model has no template that a system message could be put into", param="system")
@@ -107,21 +105,36 @@ async def generate(body: GenerateRequest, request: Request, service: CurrentServ
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         template = _compiled(model, body.template) if body.template else None
-        prompt = await model.encode_chat([*system, {"role": "user", "content": body.prompt}], template=template)
-    return await _respond(request, service, model, prompt, answer)
+        prompt = await model.encode_chat(
+            [*system, {"role": "user", "content": body.prompt}],
+            arguments=model.thinking(body.think, template),
+            template=template,
+        )
+        form = model.message_format(prompt, template=template)
+    grammar = await service.grammar(model.wanted_of_chat(body.wanted_output, None, form))
+    return await _respond(request, service, model, answer.begin(prompt, model, form, grammar), answer)
 
 
 @router.post("/api/chat")
 async def chat(body: ChatRequest, request: Request, service: CurrentService, _admitted: Admission) -> Response:
     """Answer a conversation."""
-    answer = _Answer(body, lambda text: {"message": {"role": "assistant", "content": text}})
+    answer = Answer(body, as_message)
     if not body.messages and body.keep_alive == 0 and await service.unload(body.model):
         return JSONResponse(answer.loaded("unload"))
     model = await service.model_named(body.model, body.keep_alive)
     if not body.messages:
         return JSONResponse(answer.loaded("load"))
-    prompt = await model.encode_chat([message.for_template() for message in body.messages])
-    return await _respond(request, service, model, prompt, answer)
+    choice = body.tools_to_call
+    prompt = await model.encode_chat(
+        [message.for_template() for message in body.messages],
+        tools=choice.tools if choice is not None else (),
+        arguments=model.thinking(body.think),
+    )
+    if choice is not None:
+        service.metrics.on_tools_looked_for(1)
+    form = model.message_format(prompt, choice)
+    grammar = await service.grammar(model.wanted_of_chat(body.wanted_output, choice, form))
+    return await _respond(request, service, model, answer.begin(prompt, model, form, grammar), answer)
 
 
 def _compiled(model: LanguageModel, source: str) -> ChatTemplate:
@@ -159,7 +172,7 @@ def _loaded(model: Served, num_bytes: int) -> dict[str, Any]:
     """What /api/ps tells of a model besides."""
     expires = _NEVER
     if model.expires_in is not None and math.isfinite(model.expires_in):
-        expires = _told(datetime.now(UTC) + timedelta(seconds=model.expires_in))
+        expires = told(datetime.now(UTC) + timedelta(seconds=model.expires_in))
     return {
         "expires_at": expires,
         "size_vram": 0 if model.is_on_cpu else num_bytes,
@@ -167,116 +180,11 @@ def _loaded(model: Served, num_bytes: int) -> dict[str, Any]:
     }
 
 
-def _told(time_of: datetime) -> str:
-    return time_of.isoformat().replace("+00:00", "Z")
-
-
 async def _respond(
-    request: Request, service: Session, model: LanguageModel, prompt: list[int], answer: "_Answer"
+    request: Request, service: Session, model: LanguageModel, generation: GenerationRequest, answer: Answer
 ) -> Response:
-    grammar = await service.grammar(answer.wanted_output)
-    deltas = service.generate(model, answer.begin(prompt, model, grammar))
+    deltas = service.generate(model, generation)
     if answer.is_streamed:
         return StreamingResponse(answer.lines(deltas), media_type="application/x-ndjson")
     whole = await unless_gone(request, answer.whole(deltas))
     return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
-
-
-class _Answer:
-    """The answer to one request, as one object or as a line for each piece.
-
-    Args:
-        body: of the request.
-        piece: puts text where the endpoint has it.
-    """
-
-    def __init__(self, body: GenerateRequest | ChatRequest, piece: Callable[[str], dict[str, Any]]) -> None:
-        self.is_streamed = body.stream is not False
-        self.wanted_output = body.wanted_output
-        self._body = body
-        self._piece = piece
-        self._started = time.monotonic_ns()
-        self._begun = self._started
-        self._num_prompt_tokens = 0
-
-    def begin(self, prompt: list[int], model: LanguageModel, grammar: str | None) -> GenerationRequest:
-        """Return what to generate, now that the model is there. What took time until now was not the model's work.
-
-        `grammar` is what the engine takes for `wanted_output`.
-
-        Raises:
-            RequestInvalid: the options do not go with this prompt or model.
-        """
-        self._begun = time.monotonic_ns()
-        self._num_prompt_tokens = len(prompt)
-        parameters = model.parameters | self._body.parameters
-        max_tokens = max_tokens_of(parameters, len(prompt), model.facts.max_model_len)
-        return GenerationRequest(
-            request_id=f"ollama-{uuid.uuid4().hex}",
-            prompt_token_ids=prompt,
-            sampling=replace(sampling_params(parameters, max_tokens, self._body.num_logprobs), grammar=grammar),
-            stop=stop_strings(parameters),
-        )
-
-    def loaded(self, done_reason: Literal["load", "unload"]) -> dict[str, Any]:
-        """The answer to a request that asks for nothing but the model in memory, or out of it."""
-        return self._object("", ()) | {"done": True, "done_reason": done_reason}
-
-    async def whole(self, deltas: AsyncGenerator[TextDelta, None]) -> dict[str, Any]:
-        """The body of a response in one piece."""
-        text = ""
-        logprobs: list[TextLogprobs] = []
-        ending: dict[str, Any] = {}
-        async for delta, ending in self._pieces(deltas):  # noqa: B007 - the last one is what counts
-            text += delta.text
-            logprobs += delta.logprobs
-        return self._object(text, logprobs) | ending
-
-    async def lines(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncIterator[bytes]:
-        """Lines of JSON. A failure after the 200 is a line with the error."""
-        try:
-            async for delta, ending in self._pieces(deltas):
-                if delta.text or delta.logprobs:
-                    yield _line(self._object(delta.text, delta.logprobs) | {"done": False})
-                if ending:
-                    yield _line(self._object("", ()) | ending)
-        except OctavoError as error:
-            yield _line({"error": describe_error(error)[1]["error"]["message"]})
-
-    async def _pieces(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncIterator[tuple[TextDelta, dict[str, Any]]]:
-        """Yield each piece with what the answer ends with, which is empty until the last one."""
-        first = 0
-        async with contextlib.aclosing(deltas):
-            async for delta in deltas:
-                first = first or time.monotonic_ns()
-                yield delta, self._ending(delta, first) if delta.finish_reason is not None else {}
-
-    def _object(self, text: str, logprobs: Sequence[TextLogprobs]) -> dict[str, Any]:
-        body = {"model": self._body.model, "created_at": _told(datetime.now(UTC))} | self._piece(text)
-        if self._body.num_logprobs is not None and logprobs:
-            body["logprobs"] = [
-                _token(entry.token) | {"top_logprobs": [_token(token) for token in entry.top]} for entry in logprobs
-            ]
-        return body
-
-    def _ending(self, last: TextDelta, first: int) -> dict[str, Any]:
-        now = time.monotonic_ns()
-        return {
-            "done": True,
-            "done_reason": last.finish_reason,
-            "total_duration": now - self._started,
-            "load_duration": self._begun - self._started,
-            "prompt_eval_count": self._num_prompt_tokens,
-            "prompt_eval_duration": first - self._begun,
-            "eval_count": last.num_tokens,
-            "eval_duration": now - first,
-        }
-
-
-def _token(token: TokenText) -> dict[str, Any]:
-    logprob = max(token.logprob, -9999.0)  # JSON has no minus infinity
-    return {"token": token.text.decode(errors="replace"), "logprob": logprob, "bytes": list(token.text)}
-
-
-def _line(body: dict[str, Any]) -> bytes:
-    return msgspec.json.encode(body) + b"\n"

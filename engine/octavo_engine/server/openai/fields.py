@@ -37,6 +37,7 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "guided_json": only(instead=_GUIDED.format("json")),
     "guided_regex": only(instead=_GUIDED.format("regex")),
     "guided_whitespace_pattern": only(),
+    "keep_alive": only(instead="say it to /api/chat or /api/generate, as with Ollama; it holds for /v1 too"),
     "kv_transfer_params": only(),
     "length_penalty": only(1, instead=_BEAM),
     "logits_processors": only([]),

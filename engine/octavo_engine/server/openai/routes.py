@@ -1,6 +1,5 @@
 """POST /v1/chat/completions, POST /v1/completions, GET /v1/models."""
 
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -20,9 +19,7 @@ from octavo_engine.server.front import Served, Session
 from octavo_engine.server.openai.answers import answer
 from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
 from octavo_engine.server.openai.replies import ChatReply, CompletionReply
-from octavo_engine.structured.checker import Wanted
 from octavo_engine.text.message import MessageFormat
-from octavo_engine.text.tools import ToolChoice
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -71,21 +68,10 @@ async def begin_chat(body: ChatCompletionRequest, service: Session, request_id: 
     if choice is not None:
         service.metrics.on_tools_looked_for(body.n or 1)
     form = replace(model.message_format(prompt, choice), tells_thoughts=body.include_reasoning is not False)
-    grammar = await service.grammar(_wanted_of_chat(body, model, choice, form))
+    grammar = await service.grammar(model.wanted_of_chat(body.wanted_output, choice, form))
     generation = _generation(model, body, request_id, prompt, max_tokens, grammar=grammar)
     deltas = service.generate(model, replace(generation, shown_ids=model.shown_ids(form)))
     return BegunChat(deltas, form, len(prompt))
-
-
-def _wanted_of_chat(
-    body: ChatCompletionRequest, model: LanguageModel, choice: ToolChoice | None, form: MessageFormat
-) -> Wanted | None:
-    """What the answers keep to, once the model has thought: calls of tools, a format, or either."""
-    wanted = body.wanted_output
-    if choice is not None and (choice.needs_grammar or wanted is not None):
-        schema = json.loads(wanted.text) if wanted is not None else None
-        wanted = Wanted("lark", model.tool_grammar(choice, schema), "tools")
-    return replace(wanted, before=model.thought_grammar(form)) if wanted is not None else None
 
 
 @router.post("/completions")
