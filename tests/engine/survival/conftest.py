@@ -33,6 +33,12 @@ OPTIONS = ("--dtype", "float32", "--kv-cache-memory-bytes", "33554432", "--serve
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with float32 weights."""
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    write_tiny_model(path, nan_token=NAN_TOKEN)
+    return path
+
+
+def write_tiny_model(path: Path, nan_token: int | None = None) -> None:
+    """Write it; one token of it may be poison."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(256)]
@@ -53,13 +59,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_token_merges(["Ġ Ġ"])  # two spaces: a vocabulary without any merge cannot be written
     writer.add_eos_token_id(EOS)
     writer.add_chat_template(CHATML)
-    for name, weight in _weights(len(tokens)).items():
+    for name, weight in _weights(len(tokens), nan_token).items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 @pytest.fixture
@@ -68,7 +73,7 @@ def nan_token() -> int:
     return NAN_TOKEN
 
 
-def _weights(vocab_size: int) -> dict[str, np.ndarray]:
+def _weights(vocab_size: int, nan_token: int | None) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
 
     def random(rows: int, columns: int) -> np.ndarray:
@@ -76,8 +81,9 @@ def _weights(vocab_size: int) -> dict[str, np.ndarray]:
 
     kv_size = HIDDEN // NUM_HEADS * NUM_KV_HEADS
     weights = {"token_embd.weight": random(vocab_size, HIDDEN), "output.weight": random(vocab_size, HIDDEN)}
-    weights["token_embd.weight"][NAN_TOKEN] = np.nan
-    weights["output.weight"][NAN_TOKEN] = 0.0  # far from the likely ones: the model does not poison itself
+    if nan_token is not None:
+        weights["token_embd.weight"][nan_token] = np.nan
+        weights["output.weight"][nan_token] = 0.0  # far from the likely ones: the model does not poison itself
     weights["output_norm.weight"] = np.ones(HIDDEN, np.float32)
     for layer in range(NUM_LAYERS):
         shapes = {
