@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PAGE: Final = Path(__file__).with_name("options.md")
 COMMAND: Final = "python docs/generate_options.py"
-NAMES: Final = ("serve", "run", "plan", "pull", "create", "show", "list", "cp", "rm", "ps", "completion")
+NAMES: Final = ("serve", "run", "plan", "pull", "push", "create", "show", "list", "cp", "rm", "ps", "completion")
 HEAD: Final = f"""\
 # Options of `octavo`
 

@@ -129,6 +129,11 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_revision(pull)
     _add_termination_log(pull)
 
+    push = add("push", "send a model of the local store to the registry that its name tells")
+    push.add_argument(
+        "model", metavar="NAME", help="of the model and its place, HOST/NAMESPACE/MODEL[:TAG]; `octavo cp` gives names"
+    )
+
     create = add("create", "make a model of another one, as a Modelfile says")
     create.add_argument("name", metavar="NAME", help="what to call it")
     create.add_argument(

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, Final
 from octavo_engine import logs
 from octavo_engine.arguments import LOCAL_ADDRESS, build_parser
 from octavo_engine.config import EngineConfig, ServerConfig
-from octavo_engine.errors import ConfigError, EngineDead, ModelfileInvalid, SourceUnreachable, UserError
+from octavo_engine.errors import (
+    ConfigError,
+    EngineDead,
+    ModelfileInvalid,
+    ModelNotFound,
+    SourceUnreachable,
+    UserError,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -168,6 +175,21 @@ def _pull(options: argparse.Namespace) -> None:
     if options.termination_log is not None:
         told = {"reason": "Pulled", "message": f"{location.name} is at {location.path}", "facts": model.facts()}
         _write_termination_log(options.termination_log, told)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from octavo_engine.server.ollama.describe import describe
+    from octavo_engine.store.local import locate
+    from octavo_engine.store.progress import ProgressLine
+    from octavo_engine.store.upload import destination, upload
+
+    location = locate(options.model, _store(), names_only=True)
+    if location.is_missing:
+        raise ModelNotFound(f"there is no model {options.model} here; `octavo cp` gives one the name of its registry")
+    source = destination(options.model, location)
+    line = ProgressLine(options.model, sys.stderr)
+    asyncio.run(upload(source, location, describe(location.model).details, on_progress=line.show))
+    print(f"pushed to {source.text}")
 
 
 def _create(options: argparse.Namespace) -> None:
@@ -362,6 +384,7 @@ _COMMANDS: Final = {
     "run": _run,
     "plan": _plan,
     "pull": _pull,
+    "push": _push,
     "create": _create,
     "show": _show,
     "list": _list,

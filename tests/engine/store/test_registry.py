@@ -7,12 +7,15 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import shutil
 import tarfile
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
+from octavo_engine.cli import main
 from octavo_engine.errors import (
     ModelfileInvalid,
     ModelInvalid,
@@ -33,6 +36,8 @@ from octavo_engine.store.transfer import Limits
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from tests.engine.conftest import WriteGGUF
 
 Layer = tuple[str, bytes, dict[str, str]]  # type, content, annotations
 MODEL = b"GGUF" + bytes(range(256)) * 1000
@@ -137,6 +142,31 @@ async def test_what_is_pushed_is_pulled_as_it_was(registry: str, tmp_path: Path)
         | {"model_format": "gguf", "model_families": ["llama"], "architecture": "amd64", "os": "linux"}
         | {"rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in manifest["layers"]]}}
     )
+
+
+def test_the_command_line_pushes_a_model_under_the_name_of_its_place(
+    registry: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_tiny_gguf: WriteGGUF,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokens = [*(chr(0x100 + number) for number in range(95)), "Ġ"]
+    tokenizer = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [1] * 96, "merges": ["Ġ Ġ"]}
+    weights = write_tiny_gguf(metadata={f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = local.default_root(os.environ)
+    store.mkdir(parents=True)
+    shutil.copy(weights, store / "tiny.gguf")
+    name = f"{registry}/team/tiny:v2"
+    main(["cp", "tiny", name])
+    main(["push", name])
+    assert f"pushed to ollama://{name}" in capsys.readouterr().out
+    main(["pull", f"ollama://{name}", "--output", str(tmp_path / "pulled.gguf")])
+    assert (tmp_path / "pulled.gguf").read_bytes() == weights.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["push", f"{registry}/team/other"])
+    assert "octavo cp" in capsys.readouterr().err
 
 
 async def test_a_model_to_a_file_has_its_modelfile_beside_it(registry: str, tmp_path: Path) -> None:

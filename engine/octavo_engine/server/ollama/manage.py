@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final
 
-import httpx
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect, Request
@@ -27,12 +26,13 @@ from octavo_engine.server.ollama.describe import describe
 from octavo_engine.server.ollama.protocol import CopyRequest, CreateRequest, ModelRequest, TransferRequest
 from octavo_engine.server.shelf import Shelf
 from octavo_engine.store import derived
-from octavo_engine.store.artifacts import MODEL_FILE, push
+from octavo_engine.store.artifacts import MODEL_FILE
 from octavo_engine.store.blobs import Blobs
 from octavo_engine.store.local import MODELFILE, locate, remove
 from octavo_engine.store.pull import pull
 from octavo_engine.store.remote import Progress
-from octavo_engine.store.source import RegistrySource, parse_source
+from octavo_engine.store.source import parse_source
+from octavo_engine.store.upload import destination, upload
 
 UPLOADS: Final = "/api/blobs/"  # bodies of any size
 _TELL_SECONDS: Final = 0.2  # between two lines of progress
@@ -80,22 +80,11 @@ async def push_model(body: TransferRequest, shelf: CurrentShelf) -> Response:
     """Send a model to the registry that its name tells."""
     location = await asyncio.to_thread(shelf.find, body.which)
     with _refusals():
-        source = parse_source(f"ollama://{body.which}")
-    assert isinstance(source, RegistrySource)
-    if location.model.is_dir():
-        raise RequestInvalid("only models of one GGUF file can be pushed", param="model")
-    details = (await asyncio.to_thread(describe, location.model)).details
-    config = {
-        "model_family": details["family"],
-        "model_type": details["parameter_size"],
-        "file_type": details["quantization_level"],
-    }
+        source = destination(body.which, location)
+        details = (await asyncio.to_thread(describe, location.model)).details
 
     async def work(on_progress: Progress) -> None:
-        timeout = httpx.Timeout(30.0, write=300.0, read=300.0)
-        async with httpx.AsyncClient(timeout=timeout) as client:
-            modelfile = location.own_modelfile()
-            await push(source, location.model, modelfile, config, client=client, on_progress=on_progress)
+        await upload(source, location, details, on_progress=on_progress)
 
     return await _respond(body.stream is not False, work, {"status": "retrieving manifest"}, f"pushing {location.name}")
 
