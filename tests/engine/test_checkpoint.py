@@ -97,6 +97,17 @@ def test_end_of_turn_ids_are_those_of_both_files(folder: Path) -> None:
     assert read_checkpoint(folder).spec.eos_token_ids == {2, 3, 4}
 
 
+@pytest.mark.parametrize("mode", ["lasttoken", "mean_tokens"])
+def test_a_model_made_for_embeddings_makes_them_of_the_last_token(folder: Path, mode: str) -> None:
+    (folder / "1_Pooling").mkdir()
+    write_json(folder / "1_Pooling" / "config.json", {f"pooling_mode_{mode}": True})
+    if mode == "lasttoken":
+        assert read_checkpoint(folder).spec.vocab_size == 12
+    else:
+        with pytest.raises(ModelUnsupported, match="pooling_mode_lasttoken is not true"):
+            read_checkpoint(folder)
+
+
 def test_parameters_are_counted_once(folder: Path) -> None:
     count = sum(torch.Size(shape).numel() for shape in TENSORS.values())
     assert read_checkpoint(folder).num_parameters == count

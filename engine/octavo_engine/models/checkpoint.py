@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"  # what makes a folder a model
+POOLING_FILE = "1_Pooling/config.json"  # sentence-transformers': how a model made for embeddings makes them
 _GENERATION_FILE = "generation_config.json"
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
@@ -129,6 +130,10 @@ def _from_folder(folder: Path) -> Checkpoint:
     if (folder / _GENERATION_FILE).is_file():
         options = Options(_GENERATION_FILE, "key ", _read_json(folder / _GENERATION_FILE))
         spec = replace(spec, eos_token_ids=spec.eos_token_ids | _eos_token_ids(options))
+    if (folder / POOLING_FILE).is_file():
+        pooling = Options(POOLING_FILE, "key ", _read_json(folder / POOLING_FILE))
+        if not pooling.get("pooling_mode_lasttoken"):
+            pooling.unsupported("pooling_mode_lasttoken", "is not true: embeddings here are the last token's state")
     scheme = scheme_from_config(Options(CONFIG_FILE, "key ", config))
     tensors = assemble(_text_tensors(_folder_tensors(folder)), scheme)
     if spec.tied_embeddings:  # some files have the embedding a second time

@@ -164,6 +164,7 @@ def plain_from_gguf(metadata: Options, header: GGUFHeader) -> DecoderSpec:
     for count in ("expert_count", "expert_used_count"):
         metadata.require(count, 0)
     metadata.require("attention.causal", True)
+    metadata.require("pooling_type", _LAST_TOKEN)
     for informative in ("vocab_size", "tensor_data_layout"):
         metadata.get(informative)
     num_layers = metadata.size("block_count")
@@ -236,6 +237,8 @@ def _checked(options: Options, spec: DecoderSpec, *, heads_key: str, head_dim_ke
         options.invalid(head_dim_key, f"makes heads of {spec.head_dim}, odd: rotary embeddings have no pairs")
     return spec
 
+
+_LAST_TOKEN: Final = 3  # llama.cpp's name for embeddings that are the last token's state
 
 # Files name one token only, often that which ends a document, where chats end their turns with another; llama.cpp finds
 # these by their text too.

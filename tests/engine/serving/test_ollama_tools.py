@@ -10,11 +10,14 @@ from ollama import AsyncClient, ResponseError
 from tests.engine.serving.conftest import CALL, TEMPLATE, WEATHER
 
 from octavo_engine.config import EngineConfig, ServerConfig
+from octavo_engine.errors import ModelUnsupported
+from octavo_engine.server.ollama import describe
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import httpx
+    from tests.engine.conftest import WriteGGUF
     from tests.engine.serving.conftest import FakeEngine
 
 HI: Final = [{"role": "user", "content": "Hi"}]
@@ -80,9 +83,7 @@ async def test_each_call_has_an_index_and_an_id_and_comes_in_one_line(
 ) -> None:
     engine.answer = f"{CALL}\n{CALL}"
     response = await ready.post("/api/chat", json={"model": "fake", "messages": HI, "tools": [WEATHER]})
-    calls = [
-        call for line in response.text.splitlines() for call in json.loads(line)["message"].get("tool_calls", [])
-    ]
+    calls = [call for line in response.text.splitlines() for call in json.loads(line)["message"].get("tool_calls", [])]
     assert [call["function"] for call in calls] == [
         {"index": place, "name": "get_weather", "arguments": PARIS} for place in range(2)
     ]
@@ -166,6 +167,15 @@ async def test_a_template_of_ollamas_is_told_whether_to_think(ollama: AsyncClien
 )
 async def test_show_says_what_the_model_can_do(ollama: AsyncClient, capabilities: list[str]) -> None:
     assert (await ollama.show("fake")).capabilities == capabilities
+
+
+def test_a_model_made_for_embeddings_says_that_alone(write_tiny_gguf: WriteGGUF) -> None:
+    tokens = [*(chr(0x100 + number) for number in range(95)), "Ġ"]
+    tokenizer = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [1] * 96, "merges": ["Ġ Ġ"]}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()}
+    assert describe.capabilities(write_tiny_gguf(metadata=metadata | {"llama.pooling_type": 3})) == ["embedding"]
+    with pytest.raises(ModelUnsupported, match="pooling_type is 1"):
+        describe.capabilities(write_tiny_gguf(metadata=metadata | {"llama.pooling_type": 1}))
 
 
 @pytest.mark.parametrize("template", [""])

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from octavo_engine.models.checkpoint import CONFIG_FILE
+from octavo_engine.models.checkpoint import CONFIG_FILE, POOLING_FILE
 from octavo_engine.planning import read_model
 from octavo_engine.text.load import load_tokenizer
 from octavo_engine.text.template import ChatTemplate
@@ -98,7 +98,7 @@ def capabilities(path: Path, *, template: str = "", chat_template: str = "") -> 
         chat_template: in jinja2, in place of either.
     """
     description = describe(path)
-    if (path / "modules.json").exists() or any(name.endswith(".pooling_type") for name in description.model_info):
+    if (path / POOLING_FILE).exists() or any(name.endswith(".pooling_type") for name in description.model_info):
         return ["embedding"]  # made for nothing else
     source = chat_template or template or description.template
     language: Literal["jinja2", "go"] = "go" if template and not chat_template else "jinja2"
