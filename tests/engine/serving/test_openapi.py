@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 USER: Final = {"role": "user", "content": "x"}
 TOOL: Final = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 CHAT: Final[dict[str, Any]] = {"model": "fake", "messages": [USER]}
+OLLAMAS_CALL: Final = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
 COMPLETION: Final[dict[str, Any]] = {"model": "fake", "prompt": "x"}
 EMBEDDING: Final[dict[str, Any]] = {"model": "fake", "input": "x"}
 RESPONSE: Final[dict[str, Any]] = {"model": "fake", "input": "x"}
@@ -42,6 +43,12 @@ GOOD: Final[list[tuple[str, dict[str, Any]]]] = [
     ("/v1/responses", RESPONSE | {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}),
     ("/tokenize", {"prompt": "x"}),
     ("/detokenize", {"tokens": [1]}),
+    ("/api/chat", CHAT | {"tools": [TOOL], "think": "low", "keep_alive": "5m", "truncate": False, "stream": None}),
+    ("/api/chat", CHAT | {"messages": [USER | {"images": []}, OLLAMAS_CALL, {"role": "tool", "tool_name": "f"}]}),
+    ("/api/generate", COMPLETION | {"think": True, "format": {"type": "object"}, "suffix": "", "options": {"seed": 1}}),
+    ("/api/embed", EMBEDDING | {"truncate": False, "keep_alive": 0}),
+    ("/api/embeddings", COMPLETION | {"options": {}}),
+    ("/api/show", {"name": "fake", "verbose": True}),
 ]
 BAD: Final[list[tuple[str, dict[str, Any]]]] = [
     ("/v1/chat/completions", CHAT | {"mood": 1}),
@@ -58,6 +65,11 @@ BAD: Final[list[tuple[str, dict[str, Any]]]] = [
     ("/v1/responses", RESPONSE | {"background": True}),
     ("/v1/responses", {"model": "fake"}),
     ("/detokenize", {"tokens": ["a"]}),
+    ("/api/chat", CHAT | {"think": "much"}),
+    ("/api/chat", CHAT | {"messages": [USER | {"images": ["aGk="]}]}),
+    ("/api/generate", COMPLETION | {"context": [1]}),
+    ("/api/embed", EMBEDDING | {"dimensions": 5}),
+    ("/api/show", {"model": 1}),
 ]
 
 

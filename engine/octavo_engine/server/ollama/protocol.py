@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from octavo_engine.errors import ModelfileInvalid, RequestInvalid
 from octavo_engine.modelfile import Modelfile, parse_modelfile
 from octavo_engine.parameters import Parameters, check_all
-from octavo_engine.server.body import Neutral, Strict, Text, only, without_neutral
+from octavo_engine.server.body import Neutral, Strict, Text, describing, only, without_neutral
 from octavo_engine.server.openai.tools import MAX_TOOLS, ToolDefinition
 from octavo_engine.structured.checker import Wanted
 from octavo_engine.text.template import Message
@@ -99,6 +99,8 @@ class _ModelBody(Strict):
 class EmbedRequest(_ModelBody):
     """The body of POST /api/embed. Of the options none is about embeddings."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_EMBED_FIELDS))
+
     input: Text | list[Text]
 
     @model_validator(mode="before")
@@ -110,6 +112,8 @@ class EmbedRequest(_ModelBody):
 class EmbeddingsRequest(_ModelBody):
     """The body of POST /api/embeddings, as it was before /api/embed."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_EMBED_FIELDS))
+
     prompt: Text
 
     @model_validator(mode="before")
@@ -120,6 +124,8 @@ class EmbeddingsRequest(_ModelBody):
 
 class _GenerationBody(_ModelBody):
     """What both endpoints that generate have in common."""
+
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_FIELDS))
 
     stream: bool | None = None  # null: true
     format: Literal["", "json"] | dict[str, Any] | None = None  # json: any object; or a schema
@@ -190,6 +196,8 @@ class MadeCall(Strict):
 class ChatMessage(Strict):
     """One message of a conversation."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_MESSAGE_FIELDS))
+
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = None
     thinking: Text | None = None  # what the model thought before an answer of before
@@ -259,6 +267,8 @@ class ShowRequest(ModelRequest):
 class TransferRequest(ModelRequest):
     """The body of POST /api/pull and /api/push."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_TRANSFER_FIELDS))
+
     stream: bool | None = None  # null: true
 
     @model_validator(mode="before")
@@ -277,6 +287,8 @@ class CopyRequest(Strict):
 class OpeningMessage(Strict):
     """A message with which every conversation of a model begins."""
 
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_OPENING_FIELDS))
+
     role: Literal["system", "user", "assistant"]
     content: Text = ""
 
@@ -288,6 +300,8 @@ class OpeningMessage(Strict):
 
 class CreateRequest(ModelRequest):
     """The body of POST /api/create: a Modelfile's instructions as fields."""
+
+    model_config = ConfigDict(json_schema_extra=describing(NEUTRAL_CREATE_FIELDS))
 
     base: Annotated[Name | None, Field(alias="from")] = None
     files: dict[str, str] | None = None  # digests of uploaded blobs by file names
