@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from octavo_engine import transport
 from octavo_engine.client import EngineClient
-from octavo_engine.errors import ConfigError, OctavoError, RequestInvalid, UserError
+from octavo_engine.errors import ConfigError, GenerationFailed, OctavoError, RequestInvalid, UserError
 from octavo_engine.generation import GenerationRequest, LanguageModel, TextModel
 from octavo_engine.parameters import check, from_text, max_tokens_of, sampling_params, stop_strings
 
@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     from octavo_engine.client import Spawn
     from octavo_engine.config import EngineConfig
     from octavo_engine.modelfile import Modelfile
+    from octavo_engine.text.message import Parts
     from octavo_engine.text.template import Message
 
 # ruff: noqa: T201 - printing is what this is for
 
 _QUOTES: Final = '"""'
+_DIM: Final = "\x1b[2m"
+_PLAIN: Final = "\x1b[0m"
 _HELP: Final = """\
 /set parameter NAME VALUE   such as temperature 0.2 or num_predict 100
 /set system TEXT            the system message
+/set think, /set nothink    whether the model thinks before it answers, if it can
 /show                       what is set, as a Modelfile
 /clear                      start anew
 /bye                        leave
@@ -57,6 +61,7 @@ class Chat:
     def __init__(self, config: EngineConfig, modelfile: Modelfile, spawn: Spawn = transport.spawn) -> None:
         self.modelfile = modelfile  # may be changed between answers
         self._messages: list[Message] = []
+        self._thinking: dict[str, Any] = {}  # arguments for the chat template
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="event-loop", daemon=True)
         self._config = config
@@ -83,7 +88,15 @@ class Chat:
         self._thread.join()
         self._loop.close()
 
-    def ask(self, text: str) -> Generator[str, None, None]:
+    def set_thinking(self, *, wanted: bool) -> None:
+        """Have the model think before its next answers, or not.
+
+        Raises:
+            RequestInvalid: it is wanted, and the model cannot.
+        """
+        self._thinking = self._model.thinking(wanted)
+
+    def ask(self, text: str) -> Generator[Parts, None, None]:
         """Add a message to the conversation and yield the answer to it, piece by piece.
 
         Closing the iterator stops the answer; what has come so far stays in the conversation.
@@ -92,22 +105,24 @@ class Chat:
             RequestInvalid: the conversation is longer than the context; the message is taken back.
         """
         self._messages.append({"role": "user", "content": text})
-        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[Parts | BaseException | None] = queue.SimpleQueue()
         answering = asyncio.run_coroutine_threadsafe(self._answer(pieces), self._loop)
-        answer = ""
+        thought = answer = ""
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
-                answer += piece
+                thought += piece.thought
+                answer += piece.text
                 yield piece
         except RequestInvalid:
             self._messages.pop()
             raise
         finally:
             answering.cancel()
-            if answer:
-                self._messages.append({"role": "assistant", "content": answer})
+            if thought or answer:
+                thoughts = {"reasoning_content": thought} if thought else {}
+                self._messages.append({"role": "assistant", "content": answer} | thoughts)
 
     def clear(self) -> None:
         """Forget the conversation."""
@@ -117,21 +132,24 @@ class Chat:
         text = await asyncio.to_thread(TextModel.load, self._config.tokenizer or self._config.model, self.modelfile)
         return LanguageModel(self._client, await self._client.ready(), text)
 
-    async def _answer(self, pieces: queue.SimpleQueue[str | BaseException | None]) -> None:
+    async def _answer(self, pieces: queue.SimpleQueue[Parts | BaseException | None]) -> None:
         try:
             system, parameters = self.modelfile.system, self.modelfile.parameters
             opening: list[Message] = [{"role": "system", "content": system}] if system else []
-            prompt = await self._model.encode_chat([*opening, *self._messages])
+            prompt = await self._model.encode_chat([*opening, *self._messages], arguments=self._thinking)
+            message_format = self._model.message_format(prompt)
             max_tokens = max_tokens_of(parameters, len(prompt), self._model.facts.max_model_len)
             request = GenerationRequest(
                 request_id=uuid.uuid4().hex,
                 prompt_token_ids=prompt,
                 sampling=sampling_params(parameters, max_tokens),
                 stop=stop_strings(parameters),
+                shown_ids=self._model.shown_ids(message_format),
             )
+            parser = message_format.parser()
             async with contextlib.aclosing(self._model.generate(request)) as deltas:
                 async for delta in deltas:
-                    pieces.put(delta.text)
+                    pieces.put(parser.push(delta.text, is_last=delta.finish_reason is not None))
             pieces.put(None)
         except OctavoError as error:
             pieces.put(error)
@@ -163,7 +181,7 @@ def converse(chat: Chat) -> None:
                 print_answer(chat, line)
         except KeyboardInterrupt:
             print()
-        except UserError as error:
+        except (UserError, GenerationFailed) as error:
             print(f"{error}\n/clear starts anew", file=sys.stderr)
 
 
@@ -183,6 +201,8 @@ def _obey(chat: Chat, line: str) -> None:
         case ["/set", "parameter", name, value]:
             added = check(name, from_text(name, value))
             chat.modelfile = replace(chat.modelfile, parameters=chat.modelfile.parameters | added)
+        case ["/set", "think" | "nothink" as wanted]:
+            chat.set_thinking(wanted=wanted == "think")
         case ["/set", "system", _, *_]:
             chat.modelfile = replace(chat.modelfile, system=line.split(maxsplit=2)[-1])
         case _:
@@ -201,8 +221,14 @@ def _read_message() -> str:
 
 
 def print_answer(chat: Chat, prompt: str) -> None:
-    """Print the answer as it comes."""
+    """Print the answer as it comes; on a terminal what the model thinks too."""
+    shows_thoughts, after_thought = sys.stdout.isatty(), ""
     with contextlib.closing(chat.ask(prompt)) as pieces:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            if piece.thought and shows_thoughts:
+                print(f"{_DIM}{piece.thought}{_PLAIN}", end="", flush=True)
+                after_thought = "\n\n"
+            if piece.text:
+                print(after_thought + piece.text, end="", flush=True)
+                after_thought = ""
     print()

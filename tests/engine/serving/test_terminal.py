@@ -14,12 +14,13 @@ from octavo_engine.modelfile import Modelfile
 from octavo_engine.terminal import Chat, converse, print_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from tests.engine.serving.conftest import FakeEngine
 
     from octavo_engine.config import ServerConfig
+    from octavo_engine.text.message import Parts
 
 
 def new_chat(engine: FakeEngine, config: ServerConfig, system: str | None = None) -> Chat:
@@ -29,6 +30,10 @@ def new_chat(engine: FakeEngine, config: ServerConfig, system: str | None = None
     return Chat(options, modelfile, spawn=engine.spawn)
 
 
+def said(pieces: Iterable[Parts]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
 @pytest.fixture
 def chat(engine: FakeEngine, config: ServerConfig) -> Iterator[Chat]:
     with new_chat(engine, config) as chat:
@@ -36,12 +41,12 @@ def chat(engine: FakeEngine, config: ServerConfig) -> Iterator[Chat]:
 
 
 def test_an_answer_comes_in_pieces(chat: Chat) -> None:
-    assert "".join(chat.ask("Hi")) == "The answer is 42."
+    assert said(chat.ask("Hi")) == "The answer is 42."
 
 
 def test_the_conversation_grows_by_question_and_answer(chat: Chat, engine: FakeEngine) -> None:
     engine.failing = "The answer is 42."  # fails as soon as a prompt has the first answer in it
-    assert "".join(chat.ask("Hi")) == "The answer is 42."
+    assert said(chat.ask("Hi")) == "The answer is 42."
     with pytest.raises(Exception, match="not a number"):
         list(chat.ask("And now?"))
 
@@ -51,7 +56,7 @@ def test_a_cleared_conversation_starts_with_its_system_message(engine: FakeEngin
         assert list(chat.ask("Hi"))
         engine.failing = "The answer"
         chat.clear()
-        assert "".join(chat.ask("Hi")) == "The answer is 42."
+        assert said(chat.ask("Hi")) == "The answer is 42."
         engine.failing = "POISON"
         chat.clear()
         with pytest.raises(Exception, match="not a number"):
@@ -61,15 +66,15 @@ def test_a_cleared_conversation_starts_with_its_system_message(engine: FakeEngin
 def test_a_stopped_answer_stays_in_the_conversation_and_the_next_one_is_whole(chat: Chat, engine: FakeEngine) -> None:
     engine.answer = "a" * 300
     with contextlib.closing(chat.ask("Hi")) as pieces:
-        assert next(piece for piece in pieces if piece)
+        assert next(piece for piece in pieces if piece.text)
     engine.answer = "Fine."
-    assert "".join(chat.ask("And now?")) == "Fine."
+    assert said(chat.ask("And now?")) == "Fine."
 
 
 def test_a_question_that_does_not_fit_is_taken_back(chat: Chat) -> None:
     with pytest.raises(RequestInvalid, match="context is 400 tokens"):
         list(chat.ask("a" * 400))
-    assert "".join(chat.ask("Hi")) == "The answer is 42."
+    assert said(chat.ask("Hi")) == "The answer is 42."
 
 
 def test_an_engine_that_refuses_to_start_is_told(engine: FakeEngine, config: ServerConfig) -> None:
@@ -117,10 +122,55 @@ def test_a_system_message_that_is_set_is_in_the_prompt(chat: Chat, engine: FakeE
 def test_a_message_between_triple_quotes_has_several_lines(
     chat: Chat, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.failing = "one\ntwo"
     monkeypatch.setattr(sys, "stdin", io.StringIO('"""one\ntwo"""\n'))
-    with pytest.raises(Exception, match="not a number"):
+    converse(chat)
+    assert b"one\ntwo" in engine.prompt
+
+
+def test_an_answer_that_fails_is_told_and_the_conversation_goes_on(
+    chat: Chat, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.failing = "POISON"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("POISON\n/clear\nHi\n"))
+    converse(chat)
+    out, err = capsys.readouterr()
+    assert "not a number" in err
+    assert out.count("The answer is 42.\n") == 1
+
+
+THINKING = (
+    "{{ range .Messages }}{{ if .Thinking }}({{ .Thinking }}){{ end }}[{{ .Content }}]{{ end }}"
+    "{{ if .IsThinkSet }}{{ .Think }}{{ end }}{{ if false }}<think></think>{{ end }}"
+)
+
+
+def test_what_the_model_thinks_is_shown_on_a_terminal_alone(
+    engine: FakeEngine, config: ServerConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.answer = "<think>\nHm.\n</think>\n\nParis"
+    options = replace(config.engine, enable_prefix_caching=False)
+    with Chat(options, Modelfile(source="fake", template=THINKING), spawn=engine.spawn) as chat:
+        print_answer(chat, "Hi")
+        assert capsys.readouterr().out == "Paris\n"
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        print_answer(chat, "Ho")
+        assert engine.prompt == b"[Hi](Hm.)[Paris][Ho]"
+        told = capsys.readouterr().out
+        assert "Hm." in told
+        assert told.endswith("\n\nParis\n")
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/set nothink\nHa\n/bye\n"))
         converse(chat)
+        assert engine.prompt.endswith(b"[Ha]false")
+
+
+def test_a_model_that_cannot_think_says_so_when_it_shall(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/set think\n/set nothink\nHi\n"))
+    converse(chat)
+    out, err = capsys.readouterr()
+    assert err.count("does not support thinking") == 1
+    assert "The answer is 42.\n" in out
 
 
 def test_bye_leaves(chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
