@@ -14,7 +14,8 @@ _TAKES_MODEL: Final = frozenset({"model", "models", "source"})
 
 _BASH: Final = """\
 _octavo() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" command="${{COMP_WORDS[1]}}"
+    local before="${{COMP_WORDS[COMP_CWORD-1]}}" command="${{COMP_WORDS[1]}}" word="${{COMP_LINE:0:COMP_POINT}}" colon
+    word="${{word##*[[:space:]]}}"
     if [ "$COMP_CWORD" -eq 1 ]; then
         COMPREPLY=($(compgen -W "{commands}" -- "$word"))
         return
@@ -25,6 +26,10 @@ _octavo() {{
     case "$command" in
 {options}
     esac
+    if [[ $word == *:* && $COMP_WORDBREAKS == *:* ]]; then  # what stands before a colon is another word to bash
+        colon="${{word%"${{word##*:}}"}}"
+        COMPREPLY=("${{COMPREPLY[@]#"$colon"}}")
+    fi
 }}
 complete -o default -F _octavo octavo
 """

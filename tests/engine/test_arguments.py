@@ -16,7 +16,7 @@ from octavo_engine.cli import main
 from octavo_engine.config import EngineConfig, ServerConfig
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("serve", "run", "plan", "pull", "create", "show", "list", "cp", "rm", "ps", "completion")
+NAMES = ("serve", "run", "plan", "pull", "push", "create", "show", "list", "cp", "rm", "ps", "completion")
 COMMANDS = {name: lambda _: None for name in NAMES}
 
 # Every option of `octavo serve`: what it is without the flag, a value that it takes and what becomes of it, and values

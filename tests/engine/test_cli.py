@@ -370,12 +370,17 @@ def test_shells_are_told_the_commands_options_and_choices(shell: str, capsys: py
         (["octavo", "serve", "--dtyp"], ["--dtype"]),
         (["octavo", "serve", "--dtype", "bf"], ["bfloat16"]),
         (["octavo", "completion", "z"], ["zsh"]),
+        (["octavo", "run", "qw"], ["qwen3:0.6b", "qwen3:4b"]),
+        (["octavo", "run", "qwen3", ":", "0"], ["0.6b"]),
     ],
 )
 def test_bash_completes_what_is_begun(line: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(line)
+    typed = words.replace(" : ", ":")  # a colon ends a word in bash
     program = run_for_output(capsys, "completion", "bash") + (
-        f'COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}; octavo() {{ true; }}; _octavo; echo "${{COMPREPLY[@]}}"'
+        f'COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}; COMP_LINE="{typed}"; COMP_POINT=${{#COMP_LINE}}\n'
+        'octavo() { printf "NAME SIZE\\nqwen3:0.6b 1\\nqwen3:4b 2\\n"; }\n'
+        '_octavo; echo "${COMPREPLY[@]}"'
     )
     result = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split() == expected
