@@ -89,7 +89,9 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     run = add("run", "talk to a model on the terminal", epilog=_ENVIRONMENT_HELP)
     _add_model(run)
-    run.add_argument("prompt", metavar="PROMPT", nargs="*", help="answer this and leave; standard input is added to it")
+    run.add_argument(
+        "prompt", metavar="PROMPT", nargs="*", default=[], help="answer this and leave; standard input is added to it"
+    )
     run.add_argument(
         "--system",
         metavar="TEXT",
