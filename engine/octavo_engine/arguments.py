@@ -1,6 +1,7 @@
-"""What the command line of `octavo` takes: its commands, their options, and how each value is read.
+"""What the command line of `octavo` takes: its commands and their options.
 
-Called by cli.py, which says what each command does, and by docs/generate_options.py, which writes docs/options.md.
+Called by cli.py, which says what each command does, and by docs/generate_options.py, which writes docs/options.md. The
+options of a server are in server_arguments.py, how values are read in argument_values.py.
 Flags have the names and meanings of vLLM's where vLLM has them. Defaults are those of config.py and stand there alone;
 every help text says its unit and its default. Imports nothing but the configuration, so that a mistyped flag costs
 nothing.
@@ -9,32 +10,20 @@ nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import math
-import re
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import octavo_engine
-from octavo_engine.config import (
-    Device,
-    DType,
-    EngineConfig,
-    LogFormat,
-    Quantization,
-    SchedulingPolicy,
-    ServerConfig,
-)
+from octavo_engine.argument_values import DEFAULTS, api_key, between, one_stage, or_auto, size, whole
+from octavo_engine.config import Device, DType, Quantization
+from octavo_engine.server_arguments import LOCAL_ADDRESS, add_access_options, add_server_options, add_termination_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     Command = Callable[[argparse.Namespace], None]
 
-# Where a server of many models listens, which is a laptop's: Ollama's address.
-LOCAL_ADDRESS: Final[Mapping[str, str | int]] = {"host": "127.0.0.1", "port": 11434}
 _LOCAL_URL: Final = "http://{host}:{port}".format(**LOCAL_ADDRESS)
 SHELLS: Final = ("bash", "zsh", "fish")
 _MODEL_HELP: Final = (
@@ -47,15 +36,6 @@ _ENVIRONMENT_HELP: Final = (
     "`hf auth login`); HF_ENDPOINT, the address of a mirror of the hub; AWS_*, as AWS' own client has them; "
     "XDG_CACHE_HOME, under which models are kept"
 )
-_DEFAULTS: Final = {field.name: field.default for config in (ServerConfig, EngineConfig) for field in fields(config)}
-
-_UNITS: Final = {
-    "": 1,
-    "B": 1,
-    **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", start=1)},
-    **{f"{letter}i{b}": 1024**power for power, letter in enumerate("KMGT", start=1) for b in ("", "B")},
-}
-_SIZE: Final = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[A-Za-z]*)", re.ASCII)
 
 
 def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -83,8 +63,8 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         help=f"{_MODEL_HELP} (default: every model of the store, each loaded when it is asked for, as Ollama does)",
     )
     _add_revision(serve)
-    _add_server_options(serve)
-    _add_access_options(serve)
+    add_server_options(serve)
+    add_access_options(serve)
     _add_engine_options(serve)
 
     run = add("run", "talk to a model on the terminal", epilog=_ENVIRONMENT_HELP)
@@ -121,7 +101,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         "https://.../FILE.gguf, ollama://[HOST/]NAME[:TAG], oci://HOST/REPOSITORY[:TAG] or s3://BUCKET/KEY",
     )
     pull.add_argument("--output", type=Path, metavar="PATH", help="where to put it (default: the local store)")
-    pull.add_argument("--host", default=_DEFAULTS["host"], help="address for --port (default: %(default)s)")
+    pull.add_argument("--host", default=DEFAULTS["host"], help="address for --port (default: %(default)s)")
     pull.add_argument(
         "--port",
         type=whole(0, 65535),
@@ -129,7 +109,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="answer /ready with how far the pull is, as `octavo serve` does (default: nobody is told)",
     )
     _add_revision(pull)
-    _add_termination_log(pull)
+    add_termination_log(pull)
 
     push = add("push", "send a model of the local store to the registry that its name tells")
     push.add_argument(
@@ -192,7 +172,7 @@ class Parser(argparse.ArgumentParser):
 
 def _add_ps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=_LOCAL_URL, help="of the server (default: %(default)s)")
-    parser.add_argument("--api-key", type=_api_key, metavar="KEY", help="that it wants (default: none)")
+    parser.add_argument("--api-key", type=api_key, metavar="KEY", help="that it wants (default: none)")
 
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:
@@ -215,124 +195,6 @@ def _add_revision(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_termination_log(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--termination-log",
-        type=Path,
-        metavar="PATH",
-        help="write here, as JSON, why this command failed and what is known of the model (default: nowhere)",
-    )
-
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server")
-    group.add_argument(
-        "--host", help=f"address to listen on (default: {_DEFAULTS['host']}; without MODEL {LOCAL_ADDRESS['host']})"
-    )
-    group.add_argument(
-        "--port",
-        type=whole(0, 65535),
-        help=f"0: any free one (default: {_DEFAULTS['port']}; without MODEL {LOCAL_ADDRESS['port']}, as Ollama)",
-    )
-    group.add_argument(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
-        help="names that clients use; responses carry the first (default: the model's own)",
-    )
-    group.add_argument(
-        "--chat-template",
-        type=Path,
-        metavar="PATH",
-        help="write prompts of chats as this file's jinja2 template does (default: as the model's own does)",
-    )
-    group.add_argument(
-        "--log-format",
-        choices=get_args(LogFormat),
-        default=_DEFAULTS["log_format"],
-        help="of what is written to standard error; json: one object a line (default: %(default)s)",
-    )
-    group.add_argument(
-        "--otlp-traces-endpoint",
-        metavar="URL",
-        help="send traces of requests to this collector by OTLP, such as http://localhost:4318/v1/traces; needs "
-        "octavo[otel] (default: no traces)",
-    )
-    group.add_argument(
-        "--old-metrics",
-        action="store_true",
-        help="/metrics has the names that vLLM gave up too, for dashboards that ask for them (default: off)",
-    )
-    group.add_argument(
-        "--profiles",
-        type=Path,
-        metavar="PATH",
-        help="serve MODEL under further names too, each with a system message, parameters, a template and messages of "
-        "its own, as this JSON or YAML file lists them; it is read again when it changes (default: none)",
-    )
-    group.add_argument(
-        "--max-num-queued-reqs",
-        type=whole(0),
-        metavar="N",
-        help="requests that may wait; more are answered 503 (default: four times --max-num-seqs)",
-    )
-    group.add_argument(
-        "--scheduling-policy",
-        choices=get_args(SchedulingPolicy),
-        default=_DEFAULTS["scheduling_policy"],
-        help="who goes first; fcfs: who came first; priority: who has the lower `priority` in the request (default: "
-        "%(default)s)",
-    )
-    group.add_argument(
-        "--shutdown-timeout",
-        type=between(0.0, 86400.0),
-        default=_DEFAULTS["shutdown_timeout"],
-        metavar="SECONDS",
-        help="what running requests get to finish after SIGTERM (default: %(default)g seconds)",
-    )
-    _add_termination_log(group)
-
-
-def _add_access_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("access")
-    group.add_argument(
-        "--api-key",
-        action="append",
-        type=_api_key,
-        default=[],
-        metavar="KEY",
-        help="accept this key, and no request without one; may be given several times; others on this machine can see "
-        "it (default: none is needed)",
-    )
-    group.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="PATH",
-        help="accept the keys in this file too, one a line; it is read again when it changes (default: none)",
-    )
-    group.add_argument(
-        "--api-key-for-all",
-        action="store_true",
-        help="/health, /ready, /metrics and /version need a key too (default: they stay open)",
-    )
-    group.add_argument(
-        "--allowed-origins",
-        type=_origins,
-        default=(),
-        metavar="JSON",
-        help='web pages that may call this server (CORS), as a JSON list of their origins; ["*"]: any (default: none)',
-    )
-    for name, what in (
-        ("certfile", "PEM file with the certificate for HTTPS and its chain (default: HTTP)"),
-        ("keyfile", "PEM file with the certificate's private key (default: it is in --ssl-certfile)"),
-        (
-            "ca-certs",
-            "PEM file with authorities; clients must have a certificate of one (default: none needed)",
-        ),
-    ):
-        group.add_argument(f"--ssl-{name}", type=Path, metavar="PATH", help=what)
-
-
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser.add_argument_group("model"))
     _add_memory_options(parser.add_argument_group("memory and batching"))
@@ -342,14 +204,14 @@ def _add_numbers(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--dtype",
         choices=get_args(DType),
-        default=_DEFAULTS["dtype"],
+        default=DEFAULTS["dtype"],
         help="of computation and KV cache; auto: on a CPU int8 with quantised weights as the file has them, else "
         "bfloat16 where the device computes in it, else float32 (default: %(default)s)",
     )
     group.add_argument(
         "--quantization",
         choices=get_args(Quantization),
-        default=_DEFAULTS["quantization"],
+        default=DEFAULTS["quantization"],
         help="auto: what the model's files say, and weights stay as they are where --dtype auto computes with them; "
         "none: they are dequantised to --dtype; a method: refuse a model of another one (default: %(default)s)",
     )
@@ -366,20 +228,20 @@ def _add_model_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--device",
         choices=get_args(Device),
-        default=_DEFAULTS["device"],
+        default=DEFAULTS["device"],
         help="an explicit one is never replaced; auto: a GPU if there is one (default: %(default)s)",
     )
     group.add_argument(
         "--tensor-parallel-size",
         type=whole(1),
-        default=_DEFAULTS["tensor_parallel_size"],
+        default=DEFAULTS["tensor_parallel_size"],
         metavar="N",
         help="devices that share the model, on a CPU processes; `octavo plan` says which numbers work "
         "(default: %(default)s)",
     )
     group.add_argument(
         "--pipeline-parallel-size",
-        type=_one_stage,
+        type=one_stage,
         metavar="N",
         help="1 alone: a model is not split by layers; use --tensor-parallel-size (default: 1)",
     )
@@ -393,7 +255,7 @@ def _add_model_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--seed",
         type=whole(0, 2**63 - 1),
-        default=_DEFAULTS["seed"],
+        default=DEFAULTS["seed"],
         metavar="N",
         help="of sampling, for requests without a seed of their own (default: %(default)s)",
     )
@@ -402,7 +264,7 @@ def _add_model_options(group: argparse._ActionsContainer) -> None:
 def _add_memory_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--max-model-len",
-        type=_or_auto(whole(2)),
+        type=or_auto(whole(2)),
         metavar="TOKENS",
         help="longest prompt and answer together; auto: what the model and the memory allow (default: auto)",
     )
@@ -416,7 +278,7 @@ def _add_memory_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--gpu-memory-utilization",
         type=between(0.01, 1.0),
-        default=_DEFAULTS["gpu_memory_utilization"],
+        default=DEFAULTS["gpu_memory_utilization"],
         metavar="SHARE",
         help="share of a GPU's memory to use in all, 0.01 to 1; a CPU has --kv-cache-memory-bytes (default: 0.9)",
     )
@@ -429,97 +291,20 @@ def _add_memory_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
-        default=_DEFAULTS["enable_prefix_caching"],
+        default=DEFAULTS["enable_prefix_caching"],
         help="keep the KV cache of finished requests for prompts that begin alike (default: on)",
     )
     group.add_argument(
         "--max-num-seqs",
         type=whole(1),
-        default=_DEFAULTS["max_num_seqs"],
+        default=DEFAULTS["max_num_seqs"],
         metavar="N",
         help="requests in one step (default: %(default)s)",
     )
     group.add_argument(
         "--max-num-batched-tokens",
         type=whole(1),
-        default=_DEFAULTS["max_num_batched_tokens"],
+        default=DEFAULTS["max_num_batched_tokens"],
         metavar="TOKENS",
         help="tokens computed in one step (default: %(default)s)",
     )
-
-
-# Readers of values. argparse puts the option's name before their messages.
-
-
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return a reader of whole numbers in a range."""
-
-    def read(text: str) -> int:
-        number = int(text) if text.lstrip("-").isdecimal() else None
-        if number is None or number < least or (most is not None and number > most):
-            bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
-        return number
-
-    return read
-
-
-def between(least: float, most: float) -> Callable[[str], float]:
-    """Return a reader of numbers in a range."""
-
-    def read(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
-        return number
-
-    return read
-
-
-def size(text: str) -> int:
-    """Read an amount of memory in bytes: 4294967296, 4GiB, 4Gi (as Kubernetes writes it) or 4.3GB.
-
-    A bare letter is refused: Kubernetes takes 4G for 4 * 1000**3 and vLLM for 4 * 1024**3.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    factor = _UNITS.get(match["unit"]) if match is not None else None
-    if match is None or factor is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not an amount of memory; write it as 4GiB, 512MiB, 4.3GB or in bytes"
-        )
-    number: str = match["number"]
-    num_bytes: int = round(float(number) * factor) if "." in number else int(number) * factor
-    if not 1 <= num_bytes < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 byte to 8 EiB")
-    return num_bytes
-
-
-def _api_key(text: str) -> str:
-    if not text.isascii() or not text.isprintable() or text != text.strip() or not text:
-        raise argparse.ArgumentTypeError("a key has printable ASCII characters and no space at its ends")
-    return text
-
-
-def _origins(text: str) -> tuple[str, ...]:
-    try:
-        origins = json.loads(text)
-    except ValueError:
-        origins = None
-    if not isinstance(origins, list) or not origins or not all(isinstance(origin, str) for origin in origins):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of origins such as ["https://example.com"]')
-    return tuple(origins)
-
-
-def _or_auto(read: Callable[[str], int]) -> Callable[[str], int | None]:
-    return lambda text: None if text == "auto" else read(text)
-
-
-def _one_stage(text: str) -> int:
-    if text != "1":
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: pipeline parallelism is not supported; use 1, and --tensor-parallel-size for several devices"
-        )
-    return 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from octavo_engine import logs
-from octavo_engine.arguments import LOCAL_ADDRESS, build_parser
+from octavo_engine.arguments import build_parser
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.errors import (
     ConfigError,
@@ -29,6 +29,7 @@ from octavo_engine.errors import (
     SourceUnreachable,
     UserError,
 )
+from octavo_engine.server_arguments import LOCAL_ADDRESS
 
 if TYPE_CHECKING:
     import argparse

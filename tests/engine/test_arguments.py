@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from octavo_engine.arguments import build_parser, size
+from octavo_engine.argument_values import size
+from octavo_engine.arguments import build_parser
 from octavo_engine.cli import main
 from octavo_engine.config import EngineConfig, ServerConfig
 
