@@ -291,6 +291,9 @@ async def test_an_upload_that_is_something_else_is_refused(http: httpx.AsyncClie
         ({"model": "m", "from": "a", "template": "{{ .X | y }}"}, "TEMPLATE"),
         ({"model": "m", "from": "a", "parameters": {"mirostat": 1}}, "mirostat"),
         ({"model": "m", "files": {"m.gguf": f"sha256:{'0' * 64}"}}, "there is no blob"),
+        ({"model": "m", "files": {"config.json": "x", "..": f"sha256:{'0' * 64}"}}, "is not of the form"),
+        ({"model": "m", "files": {"a/..": f"sha256:{'0' * 64}"}}, "'..' cannot be the name of a model's file"),
+        ({"model": "m", "files": {"Modelfile": f"sha256:{'0' * 64}"}}, "'Modelfile' cannot be the name"),
         ({"model": "m", "files": {"m.gguf": "x"}}, "is not of the form"),
     ],
 )

@@ -36,6 +36,7 @@ from octavo_engine.store.upload import destination, upload
 
 UPLOADS: Final = "/api/blobs/"  # bodies of any size
 _TELL_SECONDS: Final = 0.2  # between two lines of progress
+_FILE_NAME: Final = re.compile(r"\w[\w.+ -]{0,200}", re.ASCII)
 _DIGEST: Final = re.compile(r"sha256[:-](?P<sha256>[0-9a-f]{64})")
 
 router = APIRouter(prefix="/api", tags=["ollama"], route_class=AnyContentType)
@@ -187,10 +188,9 @@ async def _lines(
             if progress and progress != told:
                 told = dict(progress)
                 yield line({"status": status} | told)
-        task.result()
+        with _refusals():
+            task.result()
         yield line({"status": "success"})
-    except UserError as error:
-        yield line({"error": str(error)})
     except OctavoError as error:
         yield line({"error": describe_error(error)[1]["error"]["message"]})
     finally:  # a client that leaves ends the work; what has arrived is kept
@@ -206,6 +206,8 @@ def _refusals() -> Iterator[None]:
         yield
     except UserError as error:
         raise _as_request_invalid(error) from error
+    except OSError as error:
+        raise RequestInvalid(f"the store cannot be written: {error.strerror}", status=507) from error
 
 
 def _as_request_invalid(error: UserError) -> RequestInvalid:
@@ -228,6 +230,8 @@ def _uploaded(files: dict[str, str], blobs: Blobs) -> dict[PurePosixPath, str]:
     for name, digest in files.items():
         sha256 = _sha256(digest)
         path = PurePosixPath(name.replace("\\", "/"))
+        if not _FILE_NAME.fullmatch(path.name) or path.name == MODELFILE:
+            raise RequestInvalid(f"{path.name[:50]!r} cannot be the name of a model's file", param="files")
         if not blobs.path(sha256).exists():
             raise RequestInvalid(
                 f"there is no blob {digest}: upload it to {UPLOADS}{digest}", param=f"files.{name[:50]}"
