@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from octavo_engine import transport
@@ -161,7 +162,7 @@ class Service(Front):
         """Return the model under each of its names (Session)."""
         facts = self.loaded_model().facts
         is_on_cpu = facts.device.startswith("cpu")
-        return [Served(name, self.location, facts.max_model_len, is_on_cpu) for name in self._names()]
+        return [Served(name, self._location_of(name), facts.max_model_len, is_on_cpu) for name in self._names()]
 
     async def loaded(self) -> list[Served]:
         """Return the model, once (Session)."""
@@ -183,6 +184,13 @@ class Service(Front):
             return self._of_profile(short, modelfile, model)
         message = f"model {name[:100]!r} not found; served here: {', '.join(names)}"
         raise RequestInvalid(message, param="model", code="model_not_found", status=404)
+
+    def _location_of(self, name: str) -> Location:
+        """Where the model is, with what the profile of this name makes of it."""
+        modelfile = self._profiles.current().get(name) if self._profiles is not None else None
+        if modelfile is None:
+            return self.location
+        return replace(self.location, modelfile=modelfile.over(self.location.own_modelfile()))
 
     def _names(self) -> list[str]:
         profiles = self._profiles.current() if self._profiles is not None else ()

@@ -63,6 +63,8 @@ async def test_each_name_has_its_own_ways_on_the_same_engine(
     assert (await content_of(ready, "fake"))[0] == "The answer is 42."
     chat = await ollama.chat(model="support:latest", messages=[{"role": "user", "content": "Hi"}])
     assert (chat.message.content, chat.prompt_eval_count) == ("The answer", len("S[Hi]"))
+    assert "\nSYSTEM S\n" in ((await ollama.show("support")).modelfile or "")
+    assert "SYSTEM" not in ((await ollama.show("fake")).modelfile or "")
     assert len(engine.processes) == 1
 
 
