@@ -116,7 +116,7 @@ async def test_calls_and_results_of_before_are_in_the_prompt(ollama: AsyncClient
 async def test_thoughts_are_told_apart_in_both_endpoints(ollama: AsyncClient, engine: FakeEngine) -> None:
     engine.answer = "<think>\nHm.\n</think>\n\nParis"
     for think in (None, True, "low"):
-        message = (await ollama.chat(model="fake", messages=HI, think=think)).message  # type: ignore[call-overload]  # the client takes a level too
+        message = (await ollama.chat(model="fake", messages=HI, think=think)).message
         assert (message.thinking, message.content) == ("Hm.", "Paris")
         answer = await ollama.generate(model="fake", prompt="Hi", think=think)
         assert (answer.thinking, answer.response) == ("Hm.", "Paris")

@@ -91,7 +91,7 @@ GOOD: Final[dict[str, list[Json]]] = {
 CHANGING: Final = frozenset({"/api/create", "/api/copy", "/api/delete"})
 FETCHING: Final = frozenset({"/api/pull", "/api/push"})
 
-ODD: Final = (
+ODD: Final[tuple[Any, ...]] = (
     *(None, True, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, -0.0, 1e308, 1e-320, float("nan"), float("inf")),
     *("", " ", "\x00", "\ud800", "é" * 3000, "a" * 100_000, "-1", "5m", "..", "/", "a/../../b", "tiny"),
     *("{{ .Prompt }}", "<|im_end|>", "<tool_call>", "</think>", "text", "function", "json_schema", "user"),
