@@ -141,7 +141,7 @@ async def test_an_unknown_model_is_not_found_and_the_tag_latest_is(ollama: Async
         ({"prompt": "Hi", "template": "{{ .Prmpt }}"}, "template: line 1: the field .Prmpt"),
         ({"prompt": "Hi", "raw": True, "template": "x"}, "template: template does not go with raw"),
         ({"prompt": "Hi", "truncate": True}, "truncate: "),
-        ({"prompt": "Hi", "think": True}, "think: "),
+        ({"prompt": "Hi", "think": True}, "this model does not support thinking"),
         ({"prompt": "Hi", "context": [1]}, "context: "),
         ({"prompt": "Hi", "promt": "x"}, "promt is not a field"),
         ({"prompt": 5}, "prompt: "),
@@ -168,10 +168,10 @@ async def test_what_cannot_be_done_is_refused_by_name(
     assert response.json()["error"].startswith(message), response.json()
 
 
-async def test_images_and_tool_messages_of_a_chat_are_refused(ready: httpx.AsyncClient) -> None:
+async def test_images_and_unknown_roles_of_a_chat_are_refused(ready: httpx.AsyncClient) -> None:
     status, body = await post(ready, "/api/chat", messages=[{"role": "user", "content": "Hi", "images": ["aGk="]}])
     assert (status, body["error"].partition(":")[0]) == (400, "messages[0].images")
-    status, body = await post(ready, "/api/chat", messages=[{"role": "tool", "content": "5"}])
+    status, body = await post(ready, "/api/chat", messages=[{"role": "robot", "content": "5"}])
     assert status == 400
     assert body["error"].startswith("messages[0].role: ")
 

@@ -168,7 +168,7 @@ async def test_show_says_what_the_model_can_do(ollama: AsyncClient, capabilities
 
 
 def test_a_model_made_for_embeddings_says_that_alone(write_tiny_gguf: WriteGGUF) -> None:
-    tokens = [*(chr(0x100 + number) for number in range(95)), "Ġ"]
+    tokens = ["ĠĠ", "Ġ", *map(chr, range(0x21, 0x7F))]
     tokenizer = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [1] * 96, "merges": ["Ġ Ġ"]}
     metadata = {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()}
     assert describe.capabilities(write_tiny_gguf(metadata=metadata | {"llama.pooling_type": 3})) == ["embedding"]

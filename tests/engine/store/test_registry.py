@@ -151,7 +151,7 @@ def test_the_command_line_pushes_a_model_under_the_name_of_its_place(
     write_tiny_gguf: WriteGGUF,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tokens = [*(chr(0x100 + number) for number in range(95)), "Ġ"]
+    tokens = ["ĠĠ", "Ġ", *map(chr, range(0x21, 0x7F))]
     tokenizer = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [1] * 96, "merges": ["Ġ Ġ"]}
     weights = write_tiny_gguf(metadata={f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
