@@ -33,6 +33,7 @@ PACKAGES = (
     Package("buildah", "/usr/bin/buildah"),
     Package("debootstrap", "/usr/sbin/debootstrap"),
     Package("docker-registry", "/usr/bin/docker-registry"),  # the engine's tests pull from it and push to it
+    Package("prometheus", "/usr/bin/promtool"),  # tests the chart's alerts
 )
 
 

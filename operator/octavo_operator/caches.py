@@ -65,6 +65,8 @@ class OptionalKind:
                 await asyncio.wait([gone, filled], return_when=asyncio.FIRST_COMPLETED)
             if filled.done():
                 self.caches = caches
+                for cache in caches:
+                    _show_age(cache)
                 self.settled.set()
                 await self._on_change()
                 await gone
@@ -72,6 +74,8 @@ class OptionalKind:
                 await self._on_change()
             for task in (*running, filled):
                 task.cancel()
+        for cache in caches:
+            _hide(cache)
 
     async def _until(self, *, served: bool) -> None:
         while await self._is_served() != served:
@@ -192,3 +196,9 @@ class Caches:
 def _show_age(cache: Cache[Any]) -> None:
     labels = {"kind": cache.resource.kind, "namespace": cache.namespace or ""}
     metrics.WATCH_AGE_SECONDS.labels(**labels).set_function(partial(getattr, cache, "age"))
+
+
+def _hide(cache: Cache[Any]) -> None:
+    """Take what was told of a cache out of the metrics: nobody watches any more, and that is as it should be."""
+    for metric in (metrics.WATCH_AGE_SECONDS, metrics.CACHED_OBJECTS):
+        metric.remove(cache.resource.kind, cache.namespace or "")

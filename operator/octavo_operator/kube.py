@@ -233,8 +233,10 @@ class Kube:
                 method, url, headers=headers, body=body, _request_timeout=aiohttp.ClientTimeout(total=seconds)
             )
         except (aiohttp.ClientError, TimeoutError, OSError, kubernetes_config.ConfigException) as error:
+            metrics.API_REQUESTS.labels(method=method, code=metrics.NO_ANSWER).inc()
             raise ApiUnavailable(f"{method} {path}: {error or type(error).__name__}") from error
         response: aiohttp.ClientResponse = answer.response
+        metrics.API_REQUESTS.labels(method=method, code=response.status).inc()
         return response
 
 

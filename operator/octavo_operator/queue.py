@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from octavo_operator import metrics
+
 K = TypeVar("K")  # the key of one unit of work; hashable
 
 
@@ -103,11 +105,11 @@ class WorkQueue(Generic[K]):
         """Wait for a key that is due; the caller must hand it to `done`."""
         while True:
             now = self._clock()
-            key = self._backlog.pop(now)
-            if key is not None:
+            due = self._backlog.next_due()
+            if due is not None and (key := self._backlog.pop(now)) is not None:
+                metrics.QUEUE_SECONDS.observe(now - due)
                 return key
             self._changed.clear()
-            due = self._backlog.next_due()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if due is None else max(due - now, 0.0)):
                     await self._changed.wait()

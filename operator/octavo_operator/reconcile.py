@@ -107,6 +107,7 @@ class Reconciler:
             return self._retry(key, error)
         except Exception:
             _logger.exception("%s: a fault of the operator; please report it", key)
+            metrics.RECONCILE_ERRORS.labels(reason=metrics.FAULT).inc()
             self.queue.failed(key, first_delay=FAULT_DELAYS[0], max_delay=FAULT_DELAYS[1])
             return "fault"
         self.queue.succeeded(key)
@@ -115,6 +116,7 @@ class Reconciler:
         return "ok"
 
     def _retry(self, key: Key, error: OperatorError) -> str:
+        metrics.RECONCILE_ERRORS.labels(reason=type(error).__name__).inc()
         if error.first_delay is None:
             _logger.warning("%s: %s", key, error)
             self.queue.succeeded(key)
@@ -134,8 +136,10 @@ class Reconciler:
         try:
             body = await self._kube.get(INFERENCE_SERVICE, key.namespace, key.name)
         except NotFound:
+            metrics.READINESS.forget(*key)
             return None  # its children go by their owner references
         if "deletionTimestamp" in body["metadata"]:
+            metrics.READINESS.forget(*key)
             return None
         try:
             service = _parse(body)
@@ -277,6 +281,9 @@ class Reconciler:
             await self._kube.apply_status(
                 {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": identity, "status": told}
             )
+        ready = status.condition(told, "Ready")
+        where = body["metadata"]["namespace"], body["metadata"]["name"]
+        metrics.READINESS.tell(*where, status=ready["status"], reason=ready["reason"])
         await events.post(self._kube, body, [*happened, *events.of_transition(previous, told)])
 
 

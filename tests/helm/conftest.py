@@ -34,13 +34,18 @@ def helm() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def template(helm: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., list[dict[str, Any]]]:
-    """Renders the objects of a release, by default called octavo in the namespace octavo-system."""
+    """Renders the objects of a release, by default called octavo in the namespace octavo-system and without tests."""
 
     def render(
-        values: dict[str, Any] | None = None, *, release: str = "octavo", namespace: str = "octavo-system"
+        values: dict[str, Any] | None = None,
+        *,
+        release: str = "octavo",
+        namespace: str = "octavo-system",
+        tests: bool = False,
     ) -> list[dict[str, Any]]:
         printed = helm(
             *("template", release, CHART, "--namespace", namespace, "--kube-version", binaries.KUBERNETES),
+            *(() if tests else ("--skip-tests",)),
             values=values,
         ).stdout
         return [document for document in yaml.safe_load_all(printed) if document is not None]

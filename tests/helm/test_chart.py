@@ -199,6 +199,54 @@ def test_names_that_look_like_numbers_stay_names(template: Template) -> None:
     assert settings(objects).namespaces == ("42",)
 
 
+PLACEMENT: Final[Manifest] = {
+    "imagePullSecrets": [{"name": "registry"}],
+    "priorityClassName": "system-cluster-critical",
+    "nodeSelector": {"kubernetes.io/arch": "amd64"},
+    "tolerations": [{"key": "infra", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {
+        "nodeAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {"weight": 1, "preference": {"matchExpressions": [{"key": "infra", "operator": "Exists"}]}}
+            ]
+        }
+    },
+}
+
+
+def test_placement_and_registry_are_the_operators_and_those_of_helm_test(template: Template) -> None:
+    objects = template(PLACEMENT, tests=True)
+    (pod,) = of_kind(objects, "Pod")
+
+    for spec in (operator_pod(objects)["spec"], pod["spec"]):
+        assert {field: spec[field] for field in PLACEMENT} == PLACEMENT
+    for spec in (operator_pod(template())["spec"], of_kind(template(tests=True), "Pod")[0]["spec"]):
+        assert not PLACEMENT.keys() & spec.keys()
+
+
+def test_helm_test_asks_the_operators_service_and_is_not_taken_for_the_operator(template: Template) -> None:
+    objects = template(tests=True)
+    (pod,) = of_kind(objects, "Pod")
+    (service,) = of_kind(objects, "Service")
+    (container,) = pod["spec"]["containers"]
+    host = f"{service['metadata']['name']}.octavo-system.svc"
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    assert (
+        pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        != service["spec"]["selector"]["app.kubernetes.io/component"]
+    )
+    assert service["spec"]["selector"] == of_kind(objects, "Deployment")[0]["spec"]["selector"]["matchLabels"]
+    assert container["image"] == operator_container(objects)["image"]
+    assert container["args"] == [
+        (CHART / "files" / "ask.py").read_text(),
+        f"http://{host}:{ports['health']}/healthz",
+        f"http://{host}:{ports['metrics']}/metrics",
+    ]
+    assert not of_kind(template(), "Pod")
+
+
 # Permissions
 
 READ: Final = frozenset({"get", "list", "watch"})
@@ -270,7 +318,7 @@ def test_nothing_of_the_whole_cluster_is_needed_when_an_administrator_has_instal
         namespace="team-a",
     )
 
-    assert {one["kind"] for one in objects} == {"ServiceAccount", "Role", "RoleBinding", "Deployment"}
+    assert {one["kind"] for one in objects} == {"ServiceAccount", "Role", "RoleBinding", "Service", "Deployment"}
     assert {one["metadata"]["namespace"] for one in objects} == {"team-a"}
 
 
@@ -365,6 +413,8 @@ WRONG: Final[list[tuple[Manifest, str]]] = [
     ({"watchNamespaces": "team-a"}, "at '/watchNamespaces': got string, want array"),
     ({"watchNamespaces": ["Team_A"]}, "at '/watchNamespaces/0': 'Team_A' does not match pattern"),
     ({"watchNamespaces": ["a", "a"]}, "at '/watchNamespaces': items at 0 and 1 are equal"),
+    ({"monitoring": {"podMonitors": True}}, "at '/monitoring': additional properties 'podMonitors' not allowed"),
+    ({"monitoring": {"alerts": "yes"}}, "at '/monitoring/alerts': got string, want boolean"),
     ({"prometheus": {"url": "prometheus:9090"}}, "at '/prometheus/url': 'prometheus:9090' does not match pattern"),
     ({"serviceAccount": {"create": False}}, "at '/serviceAccount/name': minLength: got 0, want 1"),
     ({"log": {"level": "trace"}}, "at '/log/level': value must be one of 'debug', 'info', 'warning', 'error'"),

@@ -105,6 +105,12 @@ def test_the_api_server_takes_what_the_chart_renders(server: ApiServer, template
     assert answer.stderr == ""
 
 
+def test_the_pod_of_helm_test_passes_the_restricted_pod_security_level(server: ApiServer, template: Template) -> None:
+    (pod,) = [one for one in template(tests=True) if one["kind"] == "Pod"]
+
+    assert create_pod(server, pod).stderr == ""
+
+
 def operator_pod(objects: list[Manifest]) -> Manifest:
     """A pod as the Deployment's controllers would make it."""
     (deployment,) = [one for one in objects if one["kind"] == "Deployment"]
@@ -213,6 +219,31 @@ def test_inference_services_survive_an_uninstallation_and_another_installation(s
 
     helm("install", "octavo", CHART, *cluster)
     assert server.kubectl.get("ois", "smollm2", "--namespace=team-a")
+
+    helm("upgrade", "octavo", CHART, *cluster, values={"crds": {"keep": False}})
+    helm("uninstall", "octavo", "--wait", *cluster)
+    server.kubectl("wait", "crd", CRD, "--for=delete", "--timeout=30s")
+
+
+def test_an_upgrade_and_a_rollback_change_the_operator_and_touch_no_service(server: ApiServer, helm: Helm) -> None:
+    def operator_image() -> str:
+        found = server.kubectl.get("deployment", "octavo-operator", "--namespace=octavo-system")
+        return str(found["spec"]["template"]["spec"]["containers"][0]["image"])
+
+    cluster = ("--namespace", "octavo-system", "--kubeconfig", server.kubeconfig)
+    helm("install", "octavo", CHART, *cluster)
+    server.kubectl("wait", "crd", CRD, "--for=condition=Established", "--timeout=30s")
+    sample = ROOT / "manifests" / "samples" / "inferenceservice.yaml"
+    server.kubectl("apply", "--server-side", f"--filename={sample}", "--namespace=team-a")
+    first, service = operator_image(), server.kubectl.get("ois", "smollm2", "--namespace=team-a")
+
+    helm("upgrade", "octavo", CHART, *cluster, values={"image": {"tag": "next"}, "log": {"level": "debug"}})
+    assert operator_image() == "octavo/operator:next"
+    assert server.kubectl.get("ois", "smollm2", "--namespace=team-a") == service
+
+    helm("rollback", "octavo", "1", *cluster)
+    assert operator_image() == first
+    assert server.kubectl.get("ois", "smollm2", "--namespace=team-a") == service
 
     helm("upgrade", "octavo", CHART, *cluster, values={"crds": {"keep": False}})
     helm("uninstall", "octavo", "--wait", *cluster)

@@ -1,4 +1,4 @@
-"""manifests/install is the chart with its default values, for people without Helm."""
+"""manifests/install and manifests/monitoring are the chart's objects, for people without Helm."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.apiserver
 
 ROOT: Final = Path(__file__).parents[2]
 INSTALL: Final = ROOT / "manifests" / "install"
+MONITORING: Final = ROOT / "manifests" / "monitoring"
 
 Manifest: TypeAlias = dict[str, Any]
 
@@ -53,6 +54,20 @@ def test_kustomize_makes_the_charts_objects_and_their_namespace(
         if metadata.pop("annotations", {"helm.sh/resource-policy": "keep"}) != {"helm.sh/resource-policy": "keep"}:
             pytest.fail(f"{metadata['name']} has annotations that kustomize's users miss")
     assert ours == charts
+
+
+def test_kustomize_makes_what_the_chart_adds_for_monitoring(template: Callable[..., list[Manifest]]) -> None:
+    kubectl = binaries.ensure(["kubectl"]) / "kubectl"
+    ours = by_identity(list(yaml.safe_load_all(shell.run([kubectl, "kustomize", MONITORING]).stdout)))
+    charts = by_identity(template({"monitoring": {"podMonitor": True, "alerts": True}}))
+    for identity in by_identity(template()):
+        del charts[identity]
+
+    for one in charts.values():
+        for label in ("app.kubernetes.io/managed-by", "helm.sh/chart"):
+            del one["metadata"]["labels"][label]
+    assert ours == charts
+    assert {kind for kind, *_ in ours} == {"PodMonitor", "PrometheusRule"}
 
 
 def test_the_generated_files_are_up_to_date() -> None:

@@ -18,6 +18,12 @@
 {{ include "octavo.fullname" . }}-operator
 {{- end }}
 
+{{/* A Service's name begins with a letter, which a release's need not. */}}
+{{- define "octavo.serviceName" -}}
+{{- $name := include "octavo.operatorName" . }}
+{{- if regexMatch "^[0-9]" $name }}octavo-{{ end }}{{ $name }}
+{{- end }}
+
 {{- define "octavo.serviceAccountName" -}}
 {{- default (include "octavo.operatorName" .) .Values.serviceAccount.name }}
 {{- end }}
@@ -42,6 +48,29 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{ .image.repository }}@{{ .image.digest }}
 {{- else -}}
 {{ .image.repository }}:{{ default .context.Chart.AppVersion .image.tag }}
+{{- end }}
+{{- end }}
+
+{{/* Where pods of the operator's image may run, and with what right they pull it. */}}
+{{- define "octavo.placement" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
