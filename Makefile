@@ -70,7 +70,7 @@ lint: venv ## ruff, mypy strict, import-linter, generated files up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/mypy tests e2e manifests/generate.py docs/generate_options.py docs/generate_kernels.py
+	@$(VENV)/bin/mypy tests e2e manifests/generate.py docs/generate_options.py docs/generate_kernels.py docs/generate_operator.py
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) -m octavo_operator.api.crd --check
 
@@ -80,11 +80,12 @@ format: venv ## Format and fix what ruff can fix
 	@$(VENV)/bin/ruff format
 
 .PHONY: generate
-generate: venv ## Write the generated files anew (CRD, chart template, manifests/install, docs/options.md, docs/kernels.md)
+generate: venv ## Write the generated files anew (CRD, chart template, manifests, pages of docs)
 	@$(PYTHON) -m octavo_operator.api.crd
 	@PYTHONPATH=e2e $(PYTHON) manifests/generate.py
 	@$(PYTHON) docs/generate_options.py
 	@$(PYTHON) docs/generate_kernels.py
+	@$(PYTHON) docs/generate_operator.py
 
 .PHONY: lock
 lock: venv ## Resolve the newest versions, at least a week old, into constraints.txt
