@@ -36,7 +36,7 @@ WRITTEN: Final[dict[str, list[list[str]]]] = {
     "langchain.md": [["Paris", "Paris"], [WEATHER, CITY]],
     "litellm.md": [["Paris", "Paris"]],
     "ollama-node.md": [["Paris", "Paris"]],
-    "ollama-python.md": [["Paris", "Paris"], [WEATHER, r"\w"], [CITY]],
+    "ollama-python.md": [["Paris", "Paris"], [WEATHER], [CITY]],
     "openai-node.md": [["Paris", "Paris"], [WEATHER]],
     "openai-python.md": [["Paris", "Paris"], ["Paris", "Madrid"], [WEATHER, r"\w"], [CITY], ["Paris", "576 True"]],
 }

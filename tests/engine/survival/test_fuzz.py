@@ -123,7 +123,7 @@ HEADERS: Final = st.fixed_dictionaries(
     {},
     optional={
         "Content-Type": st.sampled_from(["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]),
-        "X-Request-Id": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "X-Request-Id": st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=200),
         "traceparent": st.sampled_from(["00-0-0-0", "x"]),
         "Authorization": st.sampled_from(["Bearer", "Basic x", "Bearer x"]),
     },
