@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_BODY_BYTES: Final = 8 * 2**20  # a prompt of over a million tokens, as text or as ids
 _MAX_DISCARDED_BYTES: Final = 8 * MAX_BODY_BYTES
-MAX_CONNECTION_SECONDS: Final = 300.0  # then its client connects anew, and may find another replica less busy
+MAX_CONNECTION_SECONDS: Final = 60.0  # then its client connects anew, and may find a replica that has come since
 CONNECTED_AT: Final = "connected_at"  # in the scope's state: when the connection was made, monotonic seconds
 
 _UNCOUNTED: Final = OPEN_PATHS | {"/load"}  # what is asked every few seconds would bury the rest

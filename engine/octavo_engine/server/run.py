@@ -137,6 +137,10 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)
 
     async def _drain(self) -> None:
+        # Clients make new connections, which find another replica: idle ones end now, the others after their answer,
+        # whose head may have left before it could say so.
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
         await self._front.drain()
         self.should_exit = True
         await self._front.close()

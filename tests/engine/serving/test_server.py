@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -40,8 +41,9 @@ class Running:
         self.socket.close()
 
     async def phase(self) -> str:
-        """What /ready says."""
-        phase: str = (await self.http.get("/ready")).json()["phase"]
+        """What /ready says, on a connection of its own: a server that begins to drain ends idle ones."""
+        async with httpx.AsyncClient(base_url=self.http.base_url, timeout=30) as http:
+            phase: str = (await http.get("/ready")).json()["phase"]
         return phase
 
     async def is_ready(self) -> bool:
@@ -111,6 +113,30 @@ async def test_sigterm_finishes_what_runs_and_refuses_what_comes(
         async with asyncio.timeout(30):
             await server.task
     assert engine.processes[0].wait() == 0
+
+
+async def test_sigterm_ends_connections_so_that_their_clients_go_elsewhere(
+    service: Service, engine: FakeEngine, eventually: Eventually
+) -> None:
+    async with Running(service) as server:
+        await eventually(server.is_ready)
+        idle, streaming = [await asyncio.open_connection(*server.socket.getsockname()) for _ in range(2)]
+        idle[1].write(b"GET /version HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert b"200 OK" in await idle[0].readuntil(b"\r\n\r\n")
+        engine.steps.clear()
+        body = json.dumps(chat(stream=True)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
+        streaming[1].write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        assert b"connection: close" not in await streaming[0].readuntil(b"\r\n\r\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(30):
+            await idle[0].read()  # to its end
+            assert not server.task.done()
+            engine.steps.set()
+            assert b"data: [DONE]" in await streaming[0].read()
+            await server.task
+        for _, writer in (idle, streaming):
+            writer.close()
 
 
 async def test_sigterm_on_an_idle_server_ends_it_at_once(
