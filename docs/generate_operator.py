@@ -110,7 +110,8 @@ WAYS_OUT: Final = {
     "ConfigError": "An option in spec.engine.extraArgs is wrong, or two contradict each other.",
     "ModelNotFound": "Check path and file name of spec.model.source.",
     "SourceForbidden": (
-        "Name a Secret with a token in spec.model.tokenSecret, and accept the model's licence with its account."
+        "Name a Secret in spec.model.tokenSecret (hf://; accept the model's licence with its account) or in "
+        "spec.model.credentialsSecret (s3://, oci://, ollama://)."
     ),
     "SourceUnreachable": "Check DNS, proxy (spec.pod.env: HTTPS_PROXY) and egress policies of the namespace.",
     "StorageFull": "Give the pull more room: spec.model.cache.size, or resources.requests.ephemeral-storage.",
@@ -120,6 +121,7 @@ WAYS_OUT: Final = {
     "ModelDoesNotFit": (
         "Lower spec.engine.maxModelLen, raise the memory limit or accelerator.count; the message has the arithmetic."
     ),
+    "HeadsNotDivisible": "Set spec.accelerator.count to one of the numbers that the message lists.",
     "TensorParallelInvalid": "Set spec.accelerator.count to one of the numbers that the message lists.",
     "DeviceMissing": "The container sees no GPU: check the device plugin and spec.pod.runtimeClassName.",
 }

@@ -208,14 +208,14 @@ CASES: Final = (
         "no-device",
         gpus(1),
         "DeviceMissing",  # the pod is scheduled, but the GPU is only claimed to be there
-        ("--device cuda",),
+        ("spec.engine.device cuda",),
         change(engine={"device": "cpu"}),
     ),
     Case(
         "no-split",
         gpus(2, device="cpu"),
-        "TensorParallelInvalid",
-        ("use --tensor-parallel-size 1 or 3",),
+        "HeadsNotDivisible",
+        ("9 query heads", "use spec.accelerator.count 1 or 3"),
         change(accelerator={"count": 1}),
     ),
     Case(

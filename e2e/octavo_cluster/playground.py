@@ -37,6 +37,7 @@ PATHS: Final = {  # by the kind's name for kubectl
     "poddisruptionbudget": "apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "serviceaccount": "api/v1/namespaces/{}/serviceaccounts",
     "persistentvolumeclaim": "api/v1/namespaces/{}/persistentvolumeclaims",
+    "configmap": "api/v1/namespaces/{}/configmaps",
     "podmonitor": "apis/monitoring.coreos.com/v1/namespaces/{}/podmonitors",
     "scaledobject": "apis/keda.sh/v1alpha1/namespaces/{}/scaledobjects",
     "hpa": "apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers",

@@ -148,11 +148,31 @@ def file_server(name: str, claim_name: str, image: str) -> list[dict[str, Any]]:
     """A pod and its Service, which serve a claim's files on port 8080 as Hugging Face serves those of org/repo."""
     served = "/tmp/org/repo/resolve"  # noqa: S108 - in the pod
     script = f"mkdir -p {served} && ln -s /volume {served}/main && exec python3 -m http.server 8080 --directory /tmp"
-    pod = _copier(name, claim_name, image, command=["sh", "-c", script])
+    return _web_server(name, claim_name, image, ["sh", "-c", script])
+
+
+def slow_server(name: str, claim_name: str, image: str, bytes_per_second: int) -> list[dict[str, Any]]:
+    """A pod and its Service, which serve a claim's files on port 8080, each no faster than that."""
+    script = f"""
+import os, time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+class Handler(SimpleHTTPRequestHandler):
+    def copyfile(self, source, outputfile):
+        while data := source.read({bytes_per_second} // 10):
+            outputfile.write(data)
+            time.sleep(0.1)
+os.chdir("/volume")
+ThreadingHTTPServer(("", 8080), Handler).serve_forever()
+"""
+    return _web_server(name, claim_name, image, ["python3", "-c", script])
+
+
+def _web_server(name: str, claim_name: str, image: str, command: Sequence[str]) -> list[dict[str, Any]]:
+    pod = _copier(name, claim_name, image, command=command)
     pod["metadata"]["labels"] = {"serves": name}
     pod["spec"]["volumes"].append({"name": "tmp", "emptyDir": {}})
     (container,) = pod["spec"]["containers"]
-    container["volumeMounts"].append({"name": "tmp", "mountPath": "/tmp"})  # noqa: S108 - the same
+    container["volumeMounts"].append({"name": "tmp", "mountPath": "/tmp"})  # noqa: S108 - in the pod
     service = {
         "apiVersion": "v1",
         "kind": "Service",

@@ -159,13 +159,16 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _pull(options: argparse.Namespace) -> None:
+    from octavo_engine.store.pull import is_pulled
     from octavo_engine.store.waiting import telling
 
     location = _locate(options.source, options.revision)
     if location.source is None:
         raise ConfigError(f"{options.source} is on this machine already: {location.path}")
     if options.output is not None:
-        output = options.output / location.path.name if options.output.is_dir() else options.output
+        output = options.output
+        if output.is_dir() and not is_pulled(output, location.source):
+            output /= location.path.name
         location = replace(location, path=output, store=None)
     with telling(options.host, options.port) as server:
         with contextlib.suppress(SourceUnreachable):  # the pull itself tries again and again

@@ -12,6 +12,7 @@
     |   |-- ModelfileInvalid        a Modelfile or its template is wrong; the message names the line
     |   |-- ModelDoesNotFit         weights or one sequence's KV cache exceed the memory
     |   |-- TensorParallelInvalid   the model cannot be split over so many devices
+    |   |   `-- HeadsNotDivisible   because of its attention heads
     |   |-- DeviceMissing           --device asks for hardware that is not there
     |   |-- EngineRefused           any of these in the engine process, as the API process learns of it
     |   `-- RequestInvalid          an HTTP request; `param` names the field
@@ -89,6 +90,10 @@ class ModelDoesNotFit(UserError):
 
 class TensorParallelInvalid(UserError):
     """The model cannot be split evenly over so many devices."""
+
+
+class HeadsNotDivisible(TensorParallelInvalid):
+    """Its attention heads cannot be shared evenly by so many devices."""
 
 
 class DeviceMissing(UserError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from octavo_engine import resources, sizing
 from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, cache_dtype
 from octavo_engine.cpu.library import best_library
-from octavo_engine.errors import ConfigError, TensorParallelInvalid, UserError
+from octavo_engine.errors import ConfigError, HeadsNotDivisible, TensorParallelInvalid, UserError
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.sizing import Memory, MemoryPlan, in_mib
 
@@ -162,7 +162,8 @@ def check_parallelism(model: Model, config: EngineConfig) -> None:
     sizes = model.tensor_parallel_sizes
     if config.tensor_parallel_size not in sizes:
         spec = model.spec
-        raise TensorParallelInvalid(
+        error = HeadsNotDivisible if spec.num_heads % config.tensor_parallel_size else TensorParallelInvalid
+        raise error(
             f"{config.tensor_parallel_size} devices cannot share {model.name} evenly: {spec.num_heads} query heads, "
             f"{spec.num_kv_heads} KV heads, an intermediate size of {spec.intermediate_size}, weights in "
             f"{model.quantization}; use --tensor-parallel-size {_sizes(sizes)}",

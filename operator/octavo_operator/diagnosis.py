@@ -54,7 +54,7 @@ class Cause(Enum):
         "False", "AdmissionDenied", "pods cannot be created, an admission policy of the cluster is in the way: {detail}"
     )
     PODS_FORBIDDEN = _Row("False", "PodsForbidden", "pods cannot be created: {detail}")
-    ENGINE_REFUSED = _Row("False", "{reason}", "{detail}")  # the engine's own reason and words
+    ENGINE_REFUSED = _Row("False", "{reason}", "{detail}")  # the engine's own reason, and its words but for flags
     MODEL_SOURCE_NOT_FOUND = _Row(
         "False",
         "ModelSourceNotFound",
@@ -260,15 +260,21 @@ def _missing_secret(text: str, service: InferenceService) -> Finding | None:
     if match is None:
         return None
     kind, name, key = match["kind"], match["name"], match.groupdict().get("key")
-    token, keys = service.spec.model.token_secret, service.spec.endpoint.api_key_secret
-    field = "spec.pod.env"
-    if key is not None and key.startswith("references"):  # of a volume: the API keys are the only Secret mounted
-        name, key = (keys.name, keys.key) if keys is not None else (name, name)
-        field = "spec.endpoint.apiKeySecret"
-    elif kind.lower() == "secret" and keys is not None and name == keys.name:
-        field = "spec.endpoint.apiKeySecret"
-    elif kind.lower() == "secret" and token is not None and name == token.name:
-        field = "spec.model.tokenSecret"
+    model, keys = service.spec.model, service.spec.endpoint.api_key_secret
+    fields = {
+        each.name: field
+        for each, field in (
+            (keys, "spec.endpoint.apiKeySecret"),
+            (model.token_secret, "spec.model.tokenSecret"),
+            (model.credentials_secret, "spec.model.credentialsSecret"),
+        )
+        if each is not None
+    }
+    if key is not None and key.startswith("references"):  # of a volume, which says no more than the key
+        is_login = model.credentials_secret is not None and name == ".dockerconfigjson"
+        secret = model.credentials_secret if is_login else keys
+        name, key = (secret.name if secret is not None else name), name
+    field = fields.get(name, "spec.pod.env") if kind.lower() == "secret" else "spec.pod.env"
     what = "ConfigMap" if kind.lower().startswith("config") else "Secret"
     detail = f'{what} "{name}" does not exist' if key is None else f'{what} "{name}" has no key "{key}"'
     return Finding.of(Cause.SECRET_NOT_FOUND, detail=detail, field=field)
@@ -300,9 +306,29 @@ def _diagnose_end(container: str, ended: Termination) -> Finding:
         return Finding.of(Cause.OUT_OF_MEMORY, container=container)
     refusal = _message_of_ours(ended.message)
     if re.fullmatch("[A-Z][A-Za-z0-9]{0,62}", str(refusal.get("reason"))) and isinstance(refusal.get("message"), str):
-        return Finding.of(Cause.ENGINE_REFUSED, reason=refusal["reason"], detail=refusal["message"][:MESSAGE_LIMIT])
+        detail = _in_terms_of_the_spec(refusal["message"])[:MESSAGE_LIMIT]
+        return Finding.of(Cause.ENGINE_REFUSED, reason=refusal["reason"], detail=detail)
     detail = stable(ended.message) or "it left no message; its log may say more"
     return Finding.of(Cause.CRASHED, container=container, code=str(ended.exit_code), detail=detail)
+
+
+# The fields that the operator makes flags of the engine from.
+FIELDS: Final = {
+    "--api-key-file": "spec.endpoint.apiKeySecret",
+    "--device": "spec.engine.device",
+    "--dtype": "spec.engine.dtype",
+    "--gpu-memory-utilization": "spec.engine.gpuMemoryUtilization",
+    "--max-model-len": "spec.engine.maxModelLen",
+    "--max-num-seqs": "spec.engine.maxNumSeqs",
+    "--profiles": "spec.profiles",
+    "--quantization": "spec.engine.quantization",
+    "--tensor-parallel-size": "spec.accelerator.count",
+}
+
+
+def _in_terms_of_the_spec(message: str) -> str:
+    """The engine's words, with the fields in place of flags that users of the resource cannot give."""
+    return re.sub("--[a-z][-a-z0-9]*", lambda flag: FIELDS.get(flag[0], flag[0]), message)
 
 
 def _message_of_ours(text: str) -> Json:

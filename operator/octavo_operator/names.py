@@ -32,6 +32,7 @@ MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 ENGINE_COMPONENT: Final = "engine"
 ENGINE_CONTAINER: Final = "engine"  # runs `octavo serve`
 PULL_CONTAINER: Final = "pull"  # init container, runs `octavo pull`
+CREDENTIALS_VOLUME: Final = "credentials"  # of the Secret with which a registry is logged in to
 HTTP_PORT_NAME: Final = "http"
 HTTP_PORT: Final = 8000  # in the pod; the Service's port is spec.endpoint.port
 
@@ -92,6 +93,11 @@ def network_policy(service: str) -> str:
 def volume_claim(service: str) -> str:
     """The name of the PersistentVolumeClaim that keeps the model: one that users are unlikely to have already."""
     return f"{service}-model-cache"
+
+
+def profiles(service: str) -> str:
+    """The name of the ConfigMap with the profiles."""
+    return f"{service}-profiles"
 
 
 def scaled_object(service: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from octavo_operator import names
 from octavo_operator.ownership import our_fields
-from octavo_operator.resources import Json, Key
+from octavo_operator.resources import CONTROLLER_REVISION, Json, Key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,7 @@ class Child:
     def from_json(cls, kind: str, body: Json) -> "Child":
         """Reduce an object; its kind is given because items of a list do not carry it."""
         metadata = body["metadata"]
+        is_revision = kind == CONTROLLER_REVISION.kind
         return cls(
             service=_service(metadata),
             kind=kind,
@@ -63,8 +64,8 @@ class Child:
             replicas=body.get("spec", {}).get("replicas"),
             max_surge=body.get("spec", {}).get("strategy", {}).get("rollingUpdate", {}).get("maxSurge"),
             revision=body.get("revision", 0),
-            data=json.dumps(body["data"]) if "data" in body else None,
-            annotations=metadata.get("annotations", {}) if "data" in body else {},
+            data=json.dumps(body["data"]) if is_revision and "data" in body else None,
+            annotations=metadata.get("annotations", {}) if is_revision else {},
             status=body.get("status", {}),
         )
 

@@ -51,6 +51,8 @@ def _facts(service: Json, status: Json) -> Iterator[tuple[str, str]]:
     yield "Model", service["spec"]["model"]["source"]
     if facts := status.get("model"):
         yield "", ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, dict | list))
+    if profiles := service["spec"].get("profiles"):
+        yield "Profiles", ", ".join(profile["name"] for profile in profiles)
     if "url" in status:
         yield "URL", status["url"]
     if "replicas" in status:

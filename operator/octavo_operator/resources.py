@@ -44,6 +44,7 @@ SERVICE_ACCOUNT: Final = Resource("v1", "ServiceAccount", "serviceaccounts")
 DISRUPTION_BUDGET: Final = Resource("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
 NETWORK_POLICY: Final = Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
 VOLUME_CLAIM: Final = Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
+CONFIG_MAP: Final = Resource("v1", "ConfigMap", "configmaps")
 CONTROLLER_REVISION: Final = Resource("apps/v1", "ControllerRevision", "controllerrevisions")
 POD: Final = Resource("v1", "Pod", "pods")
 EVENT: Final = Resource("events.k8s.io/v1", "Event", "events")
@@ -58,6 +59,7 @@ CHILDREN: Final = {  # what may be applied
         SERVICE_ACCOUNT,
         NETWORK_POLICY,
         VOLUME_CLAIM,
+        CONFIG_MAP,
         SERVICE,
         DEPLOYMENT,
         CONTROLLER_REVISION,

@@ -183,7 +183,7 @@ def test_a_plan_that_cannot_work_is_refused_in_words_and_in_json(
     model = str(write_tiny_gguf())
     assert status_of("plan", model, "--gpus", "3", "--gpu-memory", "80GiB", "--json") == 1
     out, err = capsys.readouterr()
-    assert json.loads(out)["reason"] == "TensorParallelInvalid"
+    assert json.loads(out)["reason"] == "HeadsNotDivisible"
     assert json.loads(out)["facts"]["tensorParallelSizes"] == [1, 2, 4]
     assert "3 devices cannot share tiny.gguf evenly: 4 query heads, 2 KV heads" in err
     assert status_of("plan", model, "--gpu-memory", "100MiB") == 1

@@ -262,6 +262,7 @@ ALLOWED: Final = {
     ("networking.k8s.io", "networkpolicies"): KEEP,
     ("policy", "poddisruptionbudgets"): KEEP,
     ("monitoring.coreos.com", "podmonitors"): KEEP,
+    ("", "configmaps"): OWN,
     ("", "persistentvolumeclaims"): OWN,
     ("apps", "controllerrevisions"): OWN,
     ("keda.sh", "scaledobjects"): OWN,

@@ -164,7 +164,7 @@ def test_the_installed_operator_may_do_its_work_and_read_no_secret(server: ApiSe
         assert may(server, verb, resource, "team-b"), f"{verb} {resource}"
     for verb, resource in (
         ("get", "secrets"),
-        ("list", "configmaps"),
+        ("deletecollection", "configmaps"),
         ("create", "pods"),
         ("update", "inferenceservices.serving.octavo.dev"),
         ("delete", "inferenceservices.serving.octavo.dev"),

@@ -179,7 +179,7 @@ def test_what_an_intruder_would_try_with_the_operators_token_fails(server: ApiSe
         ("GET", f"{CORE}/secrets", None),
         ("GET", f"{CORE}/secrets/any", None),
         ("GET", "/api/v1/secrets?watch=true", None),
-        ("GET", f"{CORE}/configmaps", None),
+        ("DELETE", f"{CORE}/configmaps", None),
         ("POST", f"{CORE}/pods", POD),
         ("POST", f"{CORE}/pods/any/exec?command=sh", None),
         ("GET", f"{CORE}/pods/any/log", None),

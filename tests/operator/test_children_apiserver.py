@@ -14,6 +14,7 @@ pytestmark = pytest.mark.apiserver
 
 ELASTIC: Final[dict[str, Any]] = {"autoscaling": {"maxReplicas": 9}, "resources": {"requests": {"cpu": "1"}}}
 CACHE: Final = "llama-model-cache"
+PROFILES: Final = "llama-profiles"
 
 
 def definition(resource: Resource) -> dict[str, Any]:
@@ -101,6 +102,25 @@ def test_a_cache_comes_with_its_field_comes_back_and_goes_with_its_field(playgro
         eventually(
             lambda: "deletionTimestamp" in playground.there("persistentvolumeclaim", CACHE)["metadata"], "no claim"
         )
+
+
+def test_profiles_come_with_their_field_are_healed_and_replace_no_pod_when_they_change(playground: Playground) -> None:
+    def text() -> str:
+        return str((playground.get("configmap", PROFILES) or {}).get("data", {}).get("profiles.yaml"))
+
+    with playground.operator() as operator:
+        playground.apply(profiles=[{"name": "support", "system": "You are kind."}])
+        eventually(lambda: "You are kind." in text(), "a ConfigMap")
+        operator.rest(reconciles=2)
+        generation = playground.there("deployment")["metadata"]["generation"]
+        playground.apply(profiles=[{"name": "support", "system": "You are brief."}])
+        eventually(lambda: "You are brief." in text(), "the other text")
+        playground.patch("configmap", {"data": {"profiles.yaml": "[]"}}, PROFILES)
+        eventually(lambda: "You are brief." in text(), "the text back")
+        operator.rest(reconciles=4)
+        assert playground.there("deployment")["metadata"]["generation"] == generation
+        playground.apply()
+        eventually(lambda: playground.get("configmap", PROFILES) is None, "no ConfigMap")
 
 
 def test_a_volume_that_cannot_be_mounted_is_told_from_the_pods_events_and_forgotten(playground: Playground) -> None:

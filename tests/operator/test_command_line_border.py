@@ -7,13 +7,23 @@ import argparse
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import pytest
 import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
+from octavo_engine import config
 from octavo_engine.arguments import build_parser
+from octavo_engine.parameters import NAMES
+from octavo_engine.profiles import read_profiles
 from octavo_engine.server.metrics import Metrics
+from octavo_engine.store.source import parse_source
+from octavo_operator.api import source
+from octavo_operator.api.profiles import Parameters, Profile
+from octavo_operator.api.v1alpha1 import EngineSpec, InferenceService
+from octavo_operator.desired import profiles
 from octavo_operator.desired.load import SIGNALS
 
 GOLDEN: Final = Path(__file__).parent / "golden"
@@ -33,7 +43,7 @@ def containers(case: str) -> list[dict[str, Any]]:
     return [*spec.get("initContainers", []), *spec["containers"]]
 
 
-@pytest.mark.parametrize("case", ["cpu", "nvidia", "autoscaling", "custom", "cached"])
+@pytest.mark.parametrize("case", ["cpu", "nvidia", "autoscaling", "custom", "cached", "profiles"])
 def test_the_engine_takes_every_command_line_that_the_operator_renders(case: str) -> None:
     for container in containers(case):
         options = parse(container["args"])
@@ -62,3 +72,99 @@ def test_an_abbreviation_of_an_owned_flag_does_not_get_past_the_engine(capsys: p
     with pytest.raises(SystemExit):
         parse([*engine["args"], "--tensor-parallel=8"])
     assert "--tensor-parallel=8" in capsys.readouterr().err
+
+
+# Sources
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(
+    st.one_of(*(st.from_regex(each, fullmatch=True) for each in (source._HF, source._S3, source._OCI, source._OLLAMA)))
+)
+def test_the_engine_pulls_from_every_source_that_the_resource_takes(text: str) -> None:
+    assume(len(text) <= 200 and all(rule.holds(text) for rule in source.SOURCE_RULES))
+    assert parse_source(text).text
+
+
+@pytest.mark.parametrize("text", ["https://models.example:8443/~octavo/a%20b/model.gguf", "http://a.svc/b/c.gguf"])
+def test_the_engine_pulls_from_web_servers(text: str) -> None:
+    assert parse_source(text).text == text
+
+
+@pytest.mark.parametrize(
+    ("field", "engine"), [("dtype", config.DType), ("device", config.Device), ("quantization", config.Quantization)]
+)
+def test_the_resource_takes_every_value_that_the_engine_takes(field: str, engine: Any) -> None:
+    annotation = EngineSpec.model_fields[field].annotation
+    values = get_args(annotation)
+    if type(None) in values:  # an optional field
+        values = get_args(values[0])
+    assert values == get_args(engine)
+
+
+# Profiles
+
+NUMBERS: Final = {  # the bounds of parameters that are texts in the resource
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.01, 100),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}
+TEXT: Final = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
+
+
+def config_map(*listed: dict[str, Any]) -> str:
+    """What the operator puts into the ConfigMap for these entries of spec.profiles."""
+    service = InferenceService.model_validate(
+        {
+            "apiVersion": "serving.octavo.dev/v1alpha1",
+            "kind": "InferenceService",
+            "metadata": {"name": "llama"},
+            "spec": {"model": {"source": "pvc://models/llama.gguf"}, "profiles": listed},
+        }
+    )
+    (text,) = profiles.build(service)["data"].values()
+    return str(text)
+
+
+@settings(deadline=None)
+@given(system=TEXT, content=TEXT, stop=TEXT, temperature=st.decimals(0, 100, places=3))
+def test_every_profile_that_the_resource_takes_arrives_in_the_engine_as_it_is(
+    system: str, content: str, stop: str, temperature: object
+) -> None:
+    profile = {
+        "name": "support",
+        "system": system,
+        "parameters": {"temperature": str(temperature), "top_k": 7, "stop": [stop]},
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": system}],
+    }
+    try:
+        Profile.model_validate(profile)
+    except ValueError:  # three quotes at the end of a line
+        assume(False)
+    read = read_profiles(yaml.safe_load(config_map(profile)))["support"]
+    assert read.system == system
+    assert read.messages == (("user", content), ("assistant", system))
+    assert read.parameters == {"temperature": float(str(temperature)), "top_k": 7, "stop": (stop,)}
+
+
+def test_the_engine_knows_every_parameter_and_takes_the_least_and_the_most_of_each() -> None:
+    fields = Parameters.model_fields
+    assert fields.keys() <= NAMES
+    for name in fields.keys() - {"stop"}:
+        least, most = NUMBERS.get(name, (None, None))
+        if least is None:
+            bounds = {
+                type(each).__name__: each for each in get_args(fields[name].annotation)[0].__metadata__[0].metadata
+            }
+            least, most = bounds["Ge"].ge, bounds["Le"].le
+        for value in (least, most):
+            written = str(value) if name in NUMBERS else value
+            read = read_profiles(yaml.safe_load(config_map({"name": "p", "parameters": {name: written}})))
+            assert read["p"].parameters[name] == value
+
+
+def test_a_profile_may_be_a_name_alone() -> None:
+    assert read_profiles(yaml.safe_load(config_map({"name": "alias"}))).keys() == {"alias"}

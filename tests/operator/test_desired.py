@@ -21,8 +21,9 @@ from octavo_operator.desired import service as cluster_service
 GOLDEN: Final = Path(__file__).parent / "golden"
 CASES: Final = sorted(path for path in GOLDEN.glob("*.yaml") if not path.name.endswith(".children.yaml"))
 REGENERATE: Final = (
-    "for case in cpu nvidia autoscaling custom cached; do kubectl-octavo render --engine-image=octavo-engine:golden "
-    "-f tests/operator/golden/$case.yaml > tests/operator/golden/$case.children.yaml; done"
+    "for case in cpu nvidia autoscaling custom cached profiles; do kubectl-octavo render -f "
+    "tests/operator/golden/$case.yaml --engine-image=octavo-engine:golden > tests/operator/golden/$case.children.yaml; "
+    "done"
 )
 
 Manifest = dict[str, Any]
@@ -183,6 +184,40 @@ def test_a_remote_file_is_pulled_to_where_the_engine_reads_it(source: str) -> No
     assert spec["containers"][0]["args"][:2] == ["serve", "/models/model.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("s3://bucket/a/model.gguf", "/models/model.gguf"),
+        (
+            "http://models.svc:8080/big-00001-of-00003.gguf",
+            "/models/big-00001-of-00003.gguf",
+        ),  # by its name it is found
+        ("hf://org/repo:big-00001-of-00003.gguf", "/models/big-00001-of-00003.gguf"),
+        ("hf://org/repo", "/models/model"),  # a file or a folder: the hub knows
+        ("hf://org/repo:Q4_K_M", "/models/model"),
+        ("s3://bucket/folder/", "/models/model"),
+        ("oci://registry.example/llama:v1", "/models/model"),
+        ("ollama://qwen3:0.6b", "/models/model"),
+    ],
+)
+def test_whatever_is_pulled_has_a_place_that_is_known_before(source: str, path: str) -> None:
+    spec = pod(model={"source": source})
+    assert spec["initContainers"][0]["args"][:3] == ["pull", source, f"--output={path}"]
+    assert spec["containers"][0]["args"][:2] == ["serve", path]
+
+
+@pytest.mark.parametrize(("source", "path"), [("pvc://claim/a/b/", "/models/a/b"), ("pvc://claim/", "/models")])
+def test_a_model_may_be_a_folder_of_a_volume(source: str, path: str) -> None:
+    assert engine(model={"source": source})["args"][:2] == ["serve", path]
+
+
+def test_a_pull_says_how_far_it_is_where_the_engine_does_it_after_it() -> None:
+    spec = pod(model={"source": "hf://org/repo"})
+    (pull,), (container,) = spec["initContainers"], spec["containers"]
+    (port,) = container["ports"]
+    assert {"--host=0.0.0.0", f"--port={port['containerPort']}"} <= set(pull["args"]) & set(container["args"])
+
+
 CACHED: Final[Manifest] = {"source": "hf://org/repo:model.gguf", "cache": {"size": "1Gi"}}
 
 
@@ -225,6 +260,54 @@ def test_only_the_pull_gets_the_token_and_the_operator_never_sees_it() -> None:
     (pull,), (container,) = spec["initContainers"], spec["containers"]
     assert pull["env"] == [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}]
     assert "env" not in container
+
+
+def test_only_the_pull_gets_the_keys_of_a_bucket() -> None:
+    spec = pod(model={"source": "s3://bucket/folder/", "credentialsSecret": {"name": "s3"}})
+    (pull,), (container,) = spec["initContainers"], spec["containers"]
+    references = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in pull["env"]}
+    assert references == {
+        "AWS_ACCESS_KEY_ID": {"name": "s3", "key": "AWS_ACCESS_KEY_ID"},
+        "AWS_SECRET_ACCESS_KEY": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"},
+        "AWS_SESSION_TOKEN": {"name": "s3", "key": "AWS_SESSION_TOKEN", "optional": True},
+    }
+    assert "env" not in container
+
+
+@pytest.mark.parametrize("source", ["oci://registry.example/llama:v1", "ollama://registry.example/team/llama"])
+def test_only_the_pull_gets_the_login_of_a_registry_where_docker_has_it(source: str) -> None:
+    spec = pod(model={"source": source, "credentialsSecret": {"name": "registry"}})
+    (pull,), (container,) = spec["initContainers"], spec["containers"]
+    (volume,) = (each for each in spec["volumes"] if each["name"] == "credentials")
+    assert volume["secret"]["secretName"] == "registry"
+    assert volume["secret"]["items"] == [{"key": ".dockerconfigjson", "path": "config.json"}]
+    home = re.search("^ENV HOME=([^ ]+)", (GOLDEN.parents[2] / "Dockerfile.engine").read_text(), re.MULTILINE)
+    assert home is not None
+    mount = {"name": "credentials", "mountPath": f"{home[1]}/.docker", "readOnly": True}
+    assert mount in pull["volumeMounts"]
+    assert mount not in container["volumeMounts"]
+
+
+def test_another_text_of_a_profile_makes_no_other_pod() -> None:
+    def with_profile(system: str) -> dict[str, Manifest]:
+        return rendered(profiles=[{"name": "support", "system": system}])
+
+    one, other = with_profile("You are kind."), with_profile("You are brief.")
+    assert one["Deployment"] == other["Deployment"]
+    assert one["ConfigMap"] != other["ConfigMap"]
+    template = one["Deployment"]["spec"]["template"]["spec"]
+    (volume,) = (each for each in template["volumes"] if each["name"] == "profiles")
+    assert volume["configMap"]["name"] == one["ConfigMap"]["metadata"]["name"]
+    (container,) = template["containers"]
+    (mount,) = (each for each in container["volumeMounts"] if each["name"] == "profiles")
+    (file,) = one["ConfigMap"]["data"]
+    assert f"--profiles={mount['mountPath']}/{file}" in container["args"]
+    assert "subPath" not in mount  # which the kubelet would never renew
+
+
+def test_without_profiles_nothing_speaks_of_them() -> None:
+    assert "ConfigMap" not in rendered()
+    assert "profiles" not in str(pod())
 
 
 ELASTIC: Final[Manifest] = {"autoscaling": {"maxReplicas": 3}, "resources": {"requests": {"cpu": "1"}}}
@@ -287,6 +370,7 @@ def test_every_flag_that_the_operator_renders_is_refused_among_extra_args() -> N
         accelerator={"type": "nvidia", "count": 1},
         engine={"maxModelLen": 1, "maxNumSeqs": 1, "gpuMemoryUtilization": "0.5", "quantization": "none"},
         endpoint={"apiKeySecret": {"name": "keys"}},
+        profiles=[{"name": "support"}],
     )["args"][2:]
     assert {arg.partition("=")[0] for arg in args} == set(OWNED_FLAGS) - {"--api-key", "--api-key-for-all"}
 

@@ -4,14 +4,16 @@ The words are those of Kubernetes 1.34's scheduler, kubelet and API server, reco
 e2e/test_causes.py where it has the cause. test_status.py has what becomes of a finding.
 """
 
+import json
 from dataclasses import replace
 from typing import Any, Final
 
 import pytest
 
 from octavo_operator import names
-from octavo_operator.api.v1alpha1 import InferenceService
-from octavo_operator.diagnosis import Finding, diagnose, diagnose_creation
+from octavo_operator.api.crd import custom_resource_definition
+from octavo_operator.api.v1alpha1 import OWNED_FLAGS, InferenceService
+from octavo_operator.diagnosis import FIELDS, Finding, diagnose, diagnose_creation
 from octavo_operator.observe import Pod, hindrance, lost_pull_secrets
 
 Json = dict[str, Any]
@@ -137,6 +139,44 @@ def test_a_secret_that_is_missing_is_named_with_the_field_that_names_it(message:
     )
 
 
+BUCKET: Final = {"model": {"source": "s3://bucket/model.gguf", "credentialsSecret": {"name": "s3"}}}
+REGISTRY: Final = {
+    "model": {"source": "oci://host/repository", "credentialsSecret": {"name": "login"}},
+    "endpoint": {"apiKeySecret": {"name": "keys"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message", "detail"),
+    [
+        (BUCKET, 'secret "s3" not found', 'Secret "s3" does not exist'),
+        (
+            BUCKET,
+            "couldn't find key AWS_SECRET_ACCESS_KEY in Secret models/s3",
+            'Secret "s3" has no key "AWS_SECRET_ACCESS_KEY"',
+        ),
+        (
+            REGISTRY,
+            'MountVolume.SetUp failed for volume "credentials" : secret "login" not found',
+            'Secret "login" does',
+        ),
+        (
+            REGISTRY,
+            'MountVolume.SetUp failed for volume "credentials" : references non-existent secret key: .dockerconfigjson',
+            'Secret "login" has no key ".dockerconfigjson"',
+        ),
+    ],
+)
+def test_credentials_that_are_missing_are_named(spec: Json, message: str, detail: str) -> None:
+    stuck = pod(pull=waiting("CreateContainerConfigError", message))
+    if "MountVolume" in message:
+        stuck = replace(SILENT, hindrance=hindrance(events(("FailedMount", message))))
+    _, reason, text = told(diagnose(stuck, service(**spec)))
+    assert reason == "SecretNotFound"
+    assert detail in text
+    assert text.endswith("create it, or correct spec.model.credentialsSecret")
+
+
 def events(*pairs: tuple[str, str]) -> list[Json]:
     """Events of a pod in the order in which they came, told newest first."""
     return [
@@ -174,6 +214,26 @@ def test_a_volume_that_cannot_be_mounted_is_told_by_events_alone(note: str, reas
     assert SILENT.is_silent
     stuck = replace(SILENT, hindrance=hindrance(events(("Scheduled", "assigned"), ("FailedMount", note))))
     assert told(diagnose(stuck, of)) == ("False", reason, f"1 of 2 pods cannot start: {text}")
+
+
+def test_the_engines_words_name_fields_in_place_of_flags() -> None:
+    message = "9 query heads; use --tensor-parallel-size 1 or 3, or --kv-cache-memory-bytes"
+    refusal = json.dumps({"reason": "HeadsNotDivisible", "message": message, "facts": {}})
+    state = {"terminated": {"exitCode": 1, "reason": "Error", "message": refusal}}
+    assert told(diagnose(pod(engine=state), service())) == (
+        "False",
+        "HeadsNotDivisible",
+        "9 query heads; use spec.accelerator.count 1 or 3, or --kv-cache-memory-bytes",
+    )
+
+
+def test_every_field_that_stands_for_a_flag_is_one() -> None:
+    assert FIELDS.keys() <= set(OWNED_FLAGS)
+    root = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    for path in FIELDS.values():
+        schema = root
+        for part in path.split("."):
+            schema = schema["properties"][part]
 
 
 @pytest.mark.parametrize("message", ["[" * 4096, '{"a":' * 800, "{}", '{"reason": 1}', '{"reason": "no word"}'])

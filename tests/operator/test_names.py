@@ -17,7 +17,7 @@ def test_the_names_of_children_are_valid_for_the_longest_service() -> None:
     service = "a" * names.MAX_NAME_LENGTH
     for name in (names.cluster_service, names.autoscaler, names.disruption_budget, names.network_policy):
         assert name(service) == service
-    for name in (names.service_account, names.volume_claim, names.scaled_object, names.monitor):
+    for name in (names.service_account, names.volume_claim, names.profiles, names.scaled_object, names.monitor):
         assert len(name(service)) <= 63
 
 

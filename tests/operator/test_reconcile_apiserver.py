@@ -372,7 +372,7 @@ def test_a_stored_service_that_became_invalid_says_so_and_keeps_its_children(pla
             spec["model"]["properties"]["source"]["x-kubernetes-validations"] = rules
             kubectl("replace", "--filename=-", input=json.dumps({**crd, "metadata": definition["metadata"]}))
         told = playground.await_ready("False", "InvalidSpec")
-        assert told["message"].startswith("spec.model.source: must start with pvc://, hf:// or https://")
+        assert told["message"].startswith("spec.model.source: must start with pvc://, hf://, https://")
         assert told["observedGeneration"] == 2
         assert "pvc://" not in playground.there("ois")["spec"]["model"]["source"]
         assert playground.get("deployment") is not None

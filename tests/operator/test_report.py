@@ -79,6 +79,12 @@ def test_everything_that_is_known_is_on_one_page() -> None:
     ]
 
 
+def test_the_names_of_profiles_are_told() -> None:
+    of = service(condition("Ready", "True", "Ready", "1 of 1 pods serve the model"))
+    of["spec"]["profiles"] = [{"name": "support"}, {"name": "greedy"}]
+    assert "  Profiles  support, greedy" in report(of, [], []).splitlines()
+
+
 def test_a_service_that_nobody_has_looked_at_says_so() -> None:
     first, *_ = report(service(), [], []).splitlines()
     assert first == "llama in models: no status yet; is the operator running, and does it serve this namespace?"

@@ -188,9 +188,15 @@ def _at_path(model: str) -> Location | None:
     path = Path(model).expanduser()
     if path.is_file():
         return Location(name=path.stem, path=path).found()
-    if (path / CONFIG_FILE).is_file():
+    if (path / CONFIG_FILE).is_file() or _holds_one_model(path):
         return Location(name=path.resolve().name, path=path)
     return None
+
+
+def _holds_one_model(folder: Path) -> bool:
+    """Whether the GGUF files of a folder are one model: a single file, or the parts of one."""
+    files = tuple(sorted(folder.rglob("*.gguf"))) if folder.is_dir() else ()
+    return bool(files) and files == part_paths(files[0])
 
 
 def _named(model: str, root: Path) -> Source | None:

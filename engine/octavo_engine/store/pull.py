@@ -13,6 +13,7 @@ import functools
 import hashlib
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
@@ -34,6 +35,7 @@ from octavo_engine.weights.gguf import part_paths
 if TYPE_CHECKING:
     from octavo_engine.store.transfer import Limits
 
+_ORIGIN: Final = ".octavo-source"  # in a folder outside a store: what it was pulled from
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -78,6 +80,13 @@ async def pull(
         if error.errno in _NO_ROOM:
             raise StorageFull(f"{source.text}: no space left for {target}; what has arrived is kept") from error
         raise
+
+
+def is_pulled(folder: Path, source: Source) -> bool:
+    """Whether `folder`, which is no place in a store, was made by a pull of `source`."""
+    with suppress(OSError, UnicodeDecodeError):
+        return (folder / _ORIGIN).read_text(encoding="utf-8") == source.text
+    return False
 
 
 async def list_files(source: Source, hub: Hub, client: httpx.AsyncClient) -> Listing:
@@ -193,6 +202,7 @@ class _Pull:
                 partial.replace(path)
         if listing.modelfile:
             (folder / MODELFILE).write_text(listing.modelfile, encoding="utf-8", newline="")
+        (folder / _ORIGIN).write_text(self._source.text, encoding="utf-8", newline="")
         folder.rename(target)
 
     async def _into_blobs(self, file: RemoteFile, blobs: Blobs) -> dict[PurePosixPath, str]:

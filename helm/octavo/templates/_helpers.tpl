@@ -105,7 +105,7 @@ affinity:
   verbs: [get, list, watch, create, patch]
 # Children that only some services have.
 - apiGroups: [""]
-  resources: [persistentvolumeclaims]
+  resources: [configmaps, persistentvolumeclaims]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [apps]
   resources: [controllerrevisions]

@@ -161,7 +161,8 @@ def _valid_keys() -> Rule:
 VALID_KEYS: Final = _valid_keys()  # for maps: all keys are what Kubernetes takes for labels and annotations
 
 
-def _int_to_text(value: Any) -> Any:
+def int_to_text(value: Any) -> Any:
+    """A whole number as text: what is a number in YAML may be a text in the API."""
     return str(value) if type(value) is int else value
 
 
@@ -175,7 +176,7 @@ _FACTORS: Final[dict[str | None, Decimal]] = {
 
 Quantity = Annotated[
     str,
-    BeforeValidator(_int_to_text),
+    BeforeValidator(int_to_text),
     Field(max_length=32),
     WithJsonSchema({"x-kubernetes-int-or-string": True, "maxLength": 32}),
     Rule(

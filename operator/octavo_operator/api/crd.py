@@ -101,7 +101,7 @@ class _Converter:
         _settle_default(schema, path)
         _settle_list(schema, path)
         _require_bound(schema, path)
-        return {keyword: schema[keyword] for keyword in _KEYWORDS if keyword in schema}
+        return _in_order(schema)
 
     def _inline(self, schema: Schema, path: str, seen: tuple[str, ...]) -> tuple[Schema, tuple[str, ...]]:
         """Replace `$ref` and the `anyOf` of an optional field by what they stand for."""
@@ -117,6 +117,15 @@ class _Converter:
                 raise SchemaError(f"{path}: {name} contains itself; a structural schema cannot")
             return self._inline(_beside(self._definitions[name], schema), path, (*seen, name))
         return schema, seen
+
+
+def _in_order(schema: Schema) -> Schema:
+    """The keywords in the order in which they are written; words that are so far to the right on one line."""
+    ordered: Schema = {keyword: schema[keyword] for keyword in _KEYWORDS if keyword in schema}
+    for keyword in ("enum", "required"):
+        if keyword in ordered:
+            ordered[keyword] = yaml_text.Inline(ordered[keyword])
+    return ordered
 
 
 def _beside(target: Schema, schema: Schema) -> Schema:

@@ -1,11 +1,22 @@
 """Which model to serve, with what right it is pulled and where it is kept: spec.model. Used by v1alpha1.py."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
 from octavo_operator.api.base import DataKey, Model, ObjectName, Quantity, Rule, matches, quantity_value
 from octavo_operator.api.source import SOURCE_RULES
+
+AWS_KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")  # the last one not always
+
+ServedName = Annotated[
+    str,
+    Field(min_length=1, max_length=128),
+    matches(
+        "[A-Za-z0-9](?:[-A-Za-z0-9._:/]*[A-Za-z0-9])?",
+        "must be letters, digits and - . _ : / with a letter or digit at both ends, such as llama-3.1-8b",
+    ),
+]
 
 
 class TokenSecret(Model):
@@ -13,6 +24,16 @@ class TokenSecret(Model):
 
     name: ObjectName = Field(description="The Secret's name.")
     key: DataKey = Field(default="token", description="Under which key of the Secret the token is.")
+
+
+class CredentialsSecret(Model):
+    """A Secret of this namespace with the credentials of a bucket or a registry."""
+
+    name: ObjectName = Field(
+        description="The Secret's name. For s3:// its keys are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where one "
+        "is needed, AWS_SESSION_TOKEN; region and endpoint go into pod.env. For oci:// and ollama:// it is of the type "
+        "kubernetes.io/dockerconfigjson, as `kubectl create secret docker-registry` makes it."
+    )
 
 
 class CacheSpec(Model):
@@ -69,6 +90,12 @@ class ModelSpec(Model):
             message="tokenSecret is a token for Hugging Face: leave it out, or use an hf:// source",
         ),
         Rule(
+            cel="!has(self.credentialsSecret) || self.source.matches('^(?:s3|oci|ollama)://')",
+            holds=lambda it: it.credentials_secret is None or it.source.startswith(("s3://", "oci://", "ollama://")),
+            message="credentialsSecret is for s3://, oci:// and ollama:// sources: leave it out; the token for an "
+            "hf:// source goes into tokenSecret",
+        ),
+        Rule(
             cel="!has(self.cache) || !self.source.startsWith('pvc://')",
             holds=lambda it: it.cache is None or not it.source.startswith("pvc://"),
             message="a pvc:// source is in a volume already: leave cache out",
@@ -76,26 +103,23 @@ class ModelSpec(Model):
     )
 
     source: Annotated[str, Field(min_length=1, max_length=1024), *SOURCE_RULES] = Field(
-        description="Where the GGUF file is: pvc://CLAIM/PATH/FILE.gguf (a PersistentVolumeClaim of this namespace, "
-        "mounted read-only), hf://ORG/REPO[@REVISION]:FILE.gguf (Hugging Face) or https://HOST/PATH/FILE.gguf. Each "
-        "pod pulls a remote file before it starts."
+        description="Where the model is: pvc://CLAIM/PATH/FILE.gguf or pvc://CLAIM/FOLDER/ (a PersistentVolumeClaim of "
+        "this namespace, mounted read-only), hf://ORG/REPO[@REVISION][:FILE.gguf|:QUANTISATION|:PATTERNS] (Hugging "
+        "Face), https://HOST/PATH/FILE.gguf or http://, s3://BUCKET/PATH/FILE.gguf or s3://BUCKET/PREFIX/, "
+        "oci://HOST/REPOSITORY[:TAG|@DIGEST] or ollama://[HOST/][NAMESPACE/]MODEL[:TAG]. Each pod pulls what is remote "
+        "before it starts."
     )
-    name: (
-        Annotated[
-            str,
-            Field(min_length=1, max_length=128),
-            matches(
-                "[A-Za-z0-9](?:[-A-Za-z0-9._:/]*[A-Za-z0-9])?",
-                "must be letters, digits and - . _ : / with a letter or digit at both ends, such as llama-3.1-8b",
-            ),
-        ]
-        | None
-    ) = Field(default=None, description="The name by which clients ask for the model. Default: metadata.name.")
+    name: ServedName | None = Field(
+        default=None, description="The name by which clients ask for the model. Default: metadata.name."
+    )
     token_secret: TokenSecret | None = Field(
         default=None, description="The token with which the model is pulled from Hugging Face, if it wants one."
     )
+    credentials_secret: CredentialsSecret | None = Field(
+        default=None, description="What a bucket or a registry wants before it gives the model, if anything."
+    )
     cache: CacheSpec | None = Field(
         default=None,
-        description="Keeps the pulled file when pods go. Default: every pod pulls it anew to the node's disk. A file "
-        "that is there is never pulled again: to get a new one, name another revision.",
+        description="Keeps the pulled model when pods go. Default: every pod pulls it anew to the node's disk. A model "
+        "that is there is never pulled again: to get a new one, name another revision, tag or path.",
     )

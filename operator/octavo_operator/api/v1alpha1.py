@@ -26,9 +26,10 @@ from octavo_operator.api.base import (
     cel_list,
     matches,
 )
-from octavo_operator.api.model import ModelSpec
+from octavo_operator.api.model import AWS_KEYS, ModelSpec
 from octavo_operator.api.network import Peer
 from octavo_operator.api.pod import PodSettings, ResourcesSpec
+from octavo_operator.api.profiles import Profiles
 from octavo_operator.api.status import InferenceServiceStatus
 
 # Flags of `octavo serve` that are the operator's: it renders them, or they would undo what it renders.
@@ -43,6 +44,7 @@ OWNED_FLAGS: Final = (
     "--max-model-len",
     "--max-num-seqs",
     "--port",
+    "--profiles",
     "--quantization",
     "--served-model-name",
     "--shutdown-timeout",
@@ -121,10 +123,10 @@ class EngineSpec(Model):
     ) = Field(
         default=None, description="The share of each GPU's memory that the engine may use. Default: the engine's, 0.9."
     )
-    quantization: Literal["auto", "none"] | None = Field(
+    quantization: Literal["auto", "none", "gptq", "awq", "fp8", "compressed-tensors"] | None = Field(
         default=None,
-        description="auto: weights stay packed as the file has them, where the device computes with them; none: they "
-        "are unpacked to dtype. Default: the engine's, auto.",
+        description="auto: weights stay packed as the files have them, where the device computes with them; none: they "
+        "are unpacked to dtype; a method: as auto, and a model of another one is refused. Default: the engine's, auto.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -258,6 +260,12 @@ class InferenceServiceSpec(Model):
             holds=lambda it: it.accelerator.product is None or names.GPU_PRODUCT_LABEL not in it.pod.node_selector,
             message=f"accelerator.product sets {names.GPU_PRODUCT_LABEL}: remove it from pod.nodeSelector",
         ),
+        Rule(
+            cel="!has(self.model.credentialsSecret) || !has(self.pod) || !has(self.pod.env) || "
+            f"self.pod.env.all(one, !(one.name in {cel_list(AWS_KEYS)}))",
+            holds=lambda it: it.model.credentials_secret is None or all(one.name not in AWS_KEYS for one in it.pod.env),
+            message=f"model.credentialsSecret sets {', '.join(AWS_KEYS)}: remove them from pod.env",
+        ),
     )
 
     model: ModelSpec = Field(description="Which model to serve.")
@@ -272,6 +280,12 @@ class InferenceServiceSpec(Model):
         default=None, description="Lets the number of replicas follow the load. Excludes replicas."
     )
     engine: EngineSpec = Field(default=EngineSpec(), description="How the engine runs the model.")
+    profiles: Profiles = Field(
+        default=(),
+        description="More names under which the same weights are served, each with a system message, parameters and "
+        "messages of its own, as a Modelfile has them. A change takes effect in about a minute and replaces no pod, "
+        "but for the first profile that comes and the last one that goes.",
+    )
     endpoint: EndpointSpec = Field(default=EndpointSpec(), description="How clients reach the model.")
     rollout: RolloutSpec = Field(default=RolloutSpec(), description="How pods are replaced.")
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="CPU, memory and disk of each pod.")
@@ -323,6 +337,13 @@ class InferenceService(Model):
             cel=f"size(self.metadata.name) <= {names.MAX_NAME_LENGTH}",
             holds=lambda it: len(it.metadata.name) <= names.MAX_NAME_LENGTH,
             message=f"metadata.name must have at most {names.MAX_NAME_LENGTH} characters: pod names are made from it",
+        ),
+        Rule(
+            cel="!has(self.spec.profiles) || self.spec.profiles.all(one, "
+            "one.name != (has(self.spec.model.name) ? self.spec.model.name : self.metadata.name))",
+            holds=lambda it: all(one.name != it.served_model_name for one in it.spec.profiles),
+            message="spec.profiles must not have the name of the model itself (spec.model.name, else metadata.name): "
+            "give that profile another name",
         ),
     )
 

@@ -5,20 +5,25 @@ passed as `--flag=value`, so that no value can be read as another flag.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Final
 
 from octavo_operator import names
 from octavo_operator.api import source
-from octavo_operator.api.model import TokenSecret
+from octavo_operator.api.model import AWS_KEYS, ModelSpec
 from octavo_operator.api.v1alpha1 import InferenceService, KeySecret
 from octavo_operator.desired.metadata import Manifest, object_meta
+from octavo_operator.desired.profiles import FILE_NAME as PROFILES_FILE
 
 MODEL_DIR: Final = "/models"
 PULLED_FILE: Final = "model.gguf"
+PULLED_MODEL: Final = "model"  # of what may be a file or a folder
+PROFILES_DIR: Final = "/etc/octavo/profiles"
 API_KEY_DIR: Final = "/etc/octavo/api-keys"
 API_KEY_FILE: Final = "keys"
 TMP_DIR: Final = "/tmp"  # noqa: S108 - a path in the container, where it is a volume of its own
+DOCKER_CONFIG_DIR: Final = f"{TMP_DIR}/.docker"  # in the home of the image's user
 SHM_DIR: Final = "/dev/shm"  # noqa: S108 - the same
 TERMINATION_LOG: Final = "/dev/termination-log"
 
@@ -38,7 +43,17 @@ class _Model:
 
     path: str  # in the engine's container
     volume: Manifest  # mounted at MODEL_DIR
-    init_containers: tuple[Manifest, ...]
+    init_containers: tuple[Manifest, ...] = ()
+    more_volumes: tuple[Manifest, ...] = ()  # of the init containers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Credentials:
+    """What the container that pulls gets of Secrets: the kubelet reads them, nobody else."""
+
+    env: tuple[Manifest, ...] = ()
+    volumes: tuple[Manifest, ...] = ()
+    mounts: tuple[Manifest, ...] = ()
 
 
 def build(
@@ -81,9 +96,11 @@ def _pod_template(service: InferenceService, image: str) -> Manifest:
     metadata: Manifest = {"labels": {**pod.labels, **names.labels(service.name)}}
     if pod.annotations:
         metadata["annotations"] = dict(pod.annotations)
-    volumes: list[Manifest] = [{"name": "model", **model.volume}, {"name": "tmp", "emptyDir": {}}]
+    volumes: list[Manifest] = [{"name": "model", **model.volume}, {"name": "tmp", "emptyDir": {}}, *model.more_volumes]
     if spec.endpoint.api_key_secret is not None:
         volumes.append(_key_volume(spec.endpoint.api_key_secret))
+    if spec.profiles:
+        volumes.append({"name": "profiles", "configMap": {"name": names.profiles(service.name)}})
     if spec.accelerator.tensor_parallel_size > 1:
         size = f"{SHM_GIB_PER_GPU * spec.accelerator.tensor_parallel_size}Gi"
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
@@ -133,25 +150,56 @@ def _placement(service: InferenceService) -> Manifest:
 
 def _model(service: InferenceService, image: str) -> _Model:
     match source.parse(service.spec.model.source):
-        case source.ClaimFile(claim, path):
+        case source.ClaimPath(claim, path):
             volume = {"persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
-            return _Model(f"{MODEL_DIR}/{path}", volume, ())
-        case source.RemoteFile(url):
-            cache, token = service.spec.model.cache, service.spec.model.token_secret
+            return _Model(f"{MODEL_DIR}/{path}".rstrip("/"), volume)
+        case source.Remote(url) as remote:
+            cache, credentials = service.spec.model.cache, _credentials(service.spec.model, remote)
             # Several models may come to be in one cache, one after the other or of services that share it.
             folder = MODEL_DIR if cache is None else f"{MODEL_DIR}/{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-            path = f"{folder}/{PULLED_FILE}"
-            args = ["pull", url, f"--output={path}", f"--termination-log={TERMINATION_LOG}"]
+            path = f"{folder}/{_pulled_name(url)}"
+            # Its /ready says how far it is, on the port that the engine has after it.
+            args = ["pull", url, f"--output={path}", "--host=0.0.0.0", f"--port={names.HTTP_PORT}"]
             pull = {
-                **_container(names.PULL_CONTAINER, image, args),
-                **_environment(service, *([_hub_token(token)] if token is not None else [])),
+                **_container(names.PULL_CONTAINER, image, [*args, f"--termination-log={TERMINATION_LOG}"]),
+                **_environment(service, *credentials.env),
                 "resources": _resources(service, gpus=False),
-                "volumeMounts": [{"name": "model", "mountPath": MODEL_DIR}, {"name": "tmp", "mountPath": TMP_DIR}],
+                "volumeMounts": [
+                    {"name": "model", "mountPath": MODEL_DIR},
+                    {"name": "tmp", "mountPath": TMP_DIR},
+                    *credentials.mounts,
+                ],
             }
-            if cache is None:
-                return _Model(path, {"emptyDir": {}}, (pull,))
-            claim = cache.claim_name or names.volume_claim(service.name)
-            return _Model(path, {"persistentVolumeClaim": {"claimName": claim}}, (pull,))
+            volume = {"emptyDir": {}}
+            if cache is not None:
+                volume = {"persistentVolumeClaim": {"claimName": cache.claim_name or names.volume_claim(service.name)}}
+            return _Model(path, volume, (pull,), credentials.volumes)
+
+
+def _pulled_name(url: str) -> str:
+    """What the model is called once it is pulled: a part of a split one by its own name, which tells of the others."""
+    if not url.endswith(".gguf"):
+        return PULLED_MODEL
+    part = re.search("[^/:]+-[0-9]{5}-of-[0-9]{5}[.]gguf$", url)
+    return PULLED_FILE if part is None else part[0]
+
+
+def _credentials(model: ModelSpec, remote: source.Remote) -> _Credentials:
+    if (token := model.token_secret) is not None:
+        return _Credentials(env=(_from_secret("HF_TOKEN", token.name, token.key),))
+    if (secret := model.credentials_secret) is None:
+        return _Credentials()
+    if remote.scheme == "s3":
+        optional = {"AWS_SESSION_TOKEN"}
+        return _Credentials(
+            env=tuple(_from_secret(key, secret.name, key, optional=key in optional) for key in AWS_KEYS)
+        )
+    items = [{"key": ".dockerconfigjson", "path": "config.json"}]
+    volume = {"secretName": secret.name, "defaultMode": 0o440, "items": items}
+    return _Credentials(
+        volumes=({"name": names.CREDENTIALS_VOLUME, "secret": volume},),
+        mounts=({"name": names.CREDENTIALS_VOLUME, "mountPath": DOCKER_CONFIG_DIR, "readOnly": True},),
+    )
 
 
 def _key_volume(secret: KeySecret) -> Manifest:
@@ -160,13 +208,14 @@ def _key_volume(secret: KeySecret) -> Manifest:
 
 
 def _environment(service: InferenceService, *more: Manifest) -> Manifest:
-    """What the user puts into the environment of both containers; HF_TOKEN is not among it."""
+    """What the user puts into the environment of both containers; credentials are not among it."""
     env = [*(variable.to_dict() for variable in service.spec.pod.env), *more]
     return {"env": env} if env else {}
 
 
-def _hub_token(secret: TokenSecret) -> Manifest:
-    return {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}
+def _from_secret(variable: str, secret: str, key: str, *, optional: bool = False) -> Manifest:
+    reference: Manifest = {"name": secret, "key": key, **({"optional": True} if optional else {})}
+    return {"name": variable, "valueFrom": {"secretKeyRef": reference}}
 
 
 def _engine_container(service: InferenceService, image: str, model_path: str) -> Manifest:
@@ -176,6 +225,8 @@ def _engine_container(service: InferenceService, image: str, model_path: str) ->
     ]
     if service.spec.endpoint.api_key_secret is not None:
         mounts.append({"name": "api-keys", "mountPath": API_KEY_DIR, "readOnly": True})
+    if service.spec.profiles:  # the whole folder: the kubelet never renews a file that is mounted by itself
+        mounts.append({"name": "profiles", "mountPath": PROFILES_DIR, "readOnly": True})
     if service.spec.accelerator.tensor_parallel_size > 1:
         mounts.append({"name": "shm", "mountPath": SHM_DIR})
     return {
@@ -220,6 +271,7 @@ def _serve_args(service: InferenceService, model_path: str) -> list[str]:
         "--max-model-len": spec.engine.max_model_len,
         "--max-num-seqs": spec.engine.max_num_seqs,
         "--api-key-file": keys,
+        "--profiles": f"{PROFILES_DIR}/{PROFILES_FILE}" if spec.profiles else None,
     }
     return [
         "serve",

@@ -8,6 +8,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from octavo_engine.cli import main
 from octavo_engine.errors import ModelNotFound, SourceUnreachable
 from octavo_engine.store import local
 from octavo_engine.store.pull import pull
@@ -69,6 +70,22 @@ async def test_a_prefix_comes_as_a_folder_of_what_a_model_needs(s3: Any, tmp_pat
     location = await bring("s3://models/folder/", tmp_path)
     files = {path.name: path.read_bytes() for path in location.model.iterdir()}
     assert files == {name: FOLDER[name] for name in ("config.json", "model.safetensors")}
+
+
+def test_a_folder_that_was_pulled_to_a_place_of_its_own_is_known_there(
+    s3: Any, tmp_path: Path, write_tiny_gguf: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3.put_object(Bucket="models", Key="tiny/tiny.gguf", Body=write_tiny_gguf().read_bytes())
+    s3.put_object(Bucket="models", Key="tiny/tokenizer_config.json", Body=b"{}")
+    place = tmp_path / "volume" / "model"
+    for _ in range(2):  # a pod that starts anew pulls into the same volume
+        main(["pull", "s3://models/tiny/", "--output", str(place)])
+    assert capsys.readouterr().out == f"{place}\n" * 2
+    assert sorted(path.name for path in place.iterdir() if not path.name.startswith(".")) == [
+        "tiny.gguf",
+        "tokenizer_config.json",
+    ]
+    assert local.locate(str(place), tmp_path).model == place / "tiny.gguf"
 
 
 @pytest.mark.usefixtures("s3")

@@ -47,6 +47,17 @@ def test_a_folder_with_a_config_is_a_model_of_its_name(tmp_path: Path) -> None:
     assert (location.name, location.path, location.is_missing) == ("tiny-llama", folder, False)
 
 
+def test_a_folder_of_the_parts_of_one_model_is_that_model(tmp_path: Path) -> None:
+    parts = [tmp_path / f"big-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.touch()
+    location = local.locate(str(tmp_path), tmp_path / "store")
+    assert (location.name, location.model) == (tmp_path.name, parts[0])
+    (tmp_path / "another.gguf").touch()
+    with pytest.raises(ModelNotFound, match=r"give one file: another\.gguf, big-"):
+        local.locate(str(tmp_path), tmp_path / "store")
+
+
 def test_what_has_a_source_may_be_missing_and_then_has_a_place_to_go(tmp_path: Path) -> None:
     for model in ("smollm2", "hf://org/repo:other.gguf"):
         location = local.locate(model, tmp_path)
