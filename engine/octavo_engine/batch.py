@@ -2,7 +2,7 @@
 
 It knows how tokens and blocks are laid out, and nothing about models or sampling.
 
-Shapes: T tokens of the step, R requests, S requests that get a token, M longest block table.
+Shapes: T tokens of the step, R requests, S tokens to get logits after, M longest block table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepTensors:
 
     input_ids: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T]
-    last_rows: torch.Tensor  # int64 [S]: the last token of each request with needs_token set
+    logits_rows: torch.Tensor  # int64 [S]
     attention: AttentionMetadata
 
 
@@ -45,7 +45,6 @@ def build_step(plan: StepPlan, *, block_size: int, device: torch.device) -> Step
     request_of_token = np.repeat(np.arange(len(requests)), query_lens)
     positions = np.arange(ends[-1]) + (np.array(context_lens) - ends)[request_of_token]
     slots = block_tables[request_of_token, positions // block_size] * block_size + positions % block_size
-    last_rows = [end - 1 for end, request in zip(ends, requests, strict=True) if request.needs_token]
 
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device)
@@ -53,7 +52,7 @@ def build_step(plan: StepPlan, *, block_size: int, device: torch.device) -> Step
     return StepTensors(
         input_ids=on_device(_token_ids(requests)),
         positions=on_device(positions),
-        last_rows=on_device(np.array(last_rows, dtype=np.int64)),
+        logits_rows=on_device(np.array(plan.logits_rows, dtype=np.int64)),
         attention=AttentionMetadata(
             slot_mapping=on_device(slots),
             block_tables=on_device(block_tables),

@@ -43,6 +43,13 @@ class PastTokens:
             self._counts.append(0)
         self._counts[place] += 1
 
-    def as_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the distinct token ids of prompt and output, and how often each was generated: int64, copied."""
-        return np.array(self._token_ids), np.array(self._counts)
+    def as_arrays(self, granted: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Return the distinct token ids of prompt and output, and how often each was generated: int64, copied.
+
+        Those in `granted` count as generated too.
+        """
+        new = array("q", [token_id for token_id in dict.fromkeys(granted) if token_id not in self._places])
+        token_ids, counts = np.array(self._token_ids + new), np.array(self._counts + array("q", bytes(8 * len(new))))
+        for token_id in granted:
+            counts[token_ids == token_id] += 1
+        return token_ids, counts

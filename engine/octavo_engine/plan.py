@@ -63,13 +63,29 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]  # the tokens to compute in this step; never empty
     num_computed_tokens: int  # tokens whose KV is already in the cache: the position of token_ids[0]
     block_ids: tuple[int, ...]  # the block table: block i holds positions [i * block_size, (i + 1) * block_size)
-    needs_token: bool  # the last of token_ids is the request's newest token, so a next token is sampled after it
+    needs_token: bool  # the request's newest token is among token_ids, so a next token is sampled after it
     sampling: SamplingParams
     choice: int = 0  # which of the request's n answers this is; the first of them while they share one entry
     num_choices: int = 1  # with needs_token: draw the first tokens of `choice` .. `choice + num_choices - 1` at once
     num_prompt_tokens: int = 0  # of all tokens of the request
     past: PastTokens | None = None  # set if sampling.looks_back; by reference, so it is read before the step's update()
     grammar: Grammar | None = None  # set if sampling.grammar; by reference too
+    num_proposed: int = 0  # of token_ids, the last ones: guesses at what comes after the newest token; n is 1 then
+
+    @property
+    def proposed(self) -> tuple[int, ...]:
+        """The guesses. A token is drawn after each of them too, as if those up to it had come."""
+        return self.token_ids[len(self.token_ids) - self.num_proposed :]
+
+    @property
+    def num_logits(self) -> int:
+        """After how many of token_ids, the last ones, logits are computed."""
+        return 1 + self.num_proposed if self.needs_token else 0
+
+    @property
+    def num_results(self) -> int:
+        """How many tokens are drawn: one for each of the choices, or one after each of the last tokens."""
+        return self.num_choices + self.num_proposed if self.needs_token else 0
 
     @property
     def choices(self) -> range:
@@ -90,6 +106,16 @@ class StepPlan:
         """Tokens computed in this step, over all requests."""
         return sum(len(request.token_ids) for request in self.requests)
 
+    @property
+    def logits_rows(self) -> list[int]:
+        """Which of the tokens, counted over all requests, logits are computed after."""
+        rows: list[int] = []
+        end = 0
+        for request in self.requests:
+            end += len(request.token_ids)
+            rows.extend(range(end - request.num_logits, end))
+        return rows
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
     """How likely a token was to the model itself, before temperature, penalties and all other rules; natural logs."""
@@ -99,7 +125,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class RequestResult(msgspec.Struct, frozen=True, gc=False):
-    """What a step produced for one choice of a request with needs_token set: token_id, state or error is set."""
+    """What a step produced for one of ScheduledRequest.num_results: token_id, state or error is set."""
 
     token_id: int | None = None
     error: str | None = None  # why this request alone fails (NaN logits); the others are not touched
@@ -112,14 +138,14 @@ class StepResult:
     """The answer to a StepPlan."""
 
     step: int
-    results: tuple[RequestResult, ...]  # in the order of the plan: one for each choice of each request with needs_token
+    results: tuple[RequestResult, ...]  # in the order of the plan: as many for each request as its num_results
 
 
 class Runner(Protocol):
     """What computes a step: the model with its KV cache (runner.py), or a fake in the tests of the loop."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Copy blocks, compute every token of the plan and sample for each choice of each request with needs_token.
+        """Copy blocks, compute every token of the plan and draw the tokens that it asks for.
 
         What fails for one request alone is told in its RequestResult; what this raises ends the engine process.
         """

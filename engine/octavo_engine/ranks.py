@@ -64,14 +64,17 @@ class CopyBlocks(msgspec.Struct, frozen=True, tag=True):
 class Forward(msgspec.Struct, frozen=True, tag=True):
     """Compute a step."""
 
-    requests: tuple[tuple[tuple[int, ...], int, tuple[int, ...], bool], ...]  # as `of` takes them from the plan
+    requests: tuple[tuple[tuple[int, ...], int, tuple[int, ...], bool, int], ...]  # as `of` takes them from the plan
     every_token: bool
 
     @classmethod
     def of(cls, plan: StepPlan, *, every_token: bool) -> Forward:
         """What of a plan concerns the other ranks: nothing of sampling."""
         return cls(
-            tuple((r.token_ids, r.num_computed_tokens, r.block_ids, r.needs_token) for r in plan.requests), every_token
+            tuple(
+                (r.token_ids, r.num_computed_tokens, r.block_ids, r.needs_token, r.num_proposed) for r in plan.requests
+            ),
+            every_token,
         )
 
     @property
@@ -80,8 +83,10 @@ class Forward(msgspec.Struct, frozen=True, tag=True):
         return StepPlan(
             0,
             tuple(
-                ScheduledRequest("", token_ids, num_computed, block_ids, needs_token, _NO_SAMPLING)
-                for token_ids, num_computed, block_ids, needs_token in self.requests
+                ScheduledRequest(
+                    "", token_ids, num_computed, block_ids, needs_token, _NO_SAMPLING, num_proposed=num_proposed
+                )
+                for token_ids, num_computed, block_ids, needs_token, num_proposed in self.requests
             ),
         )
 

@@ -8,7 +8,6 @@ Shapes: S rows to get logits for, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from dataclasses import replace
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from octavo_engine.cpu.compute import Compute
     from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.planning import Model, Plan
+    from octavo_engine.sampler import Draw
     from octavo_engine.sizing import MemoryPlan
     from octavo_engine.steps import Steps
 
@@ -50,18 +50,19 @@ class ModelRunner:
         self._seed = seed
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute every token of the plan and sample for each choice of each request with needs_token set."""
-        asked = [(request, choice) for request in plan.requests if request.needs_token for choice in request.choices]
+        """Compute every token of the plan and draw the tokens that it asks for."""
+        asking = [request for request in plan.requests if request.needs_token]
+        draws = [draw for request in asking for draw in sampler.draws_for(request, self._seed)]
         states: torch.Tensor | None = None
-        if any(request.sampling.embed for request, _ in asked):
-            states = torch.empty(sum(request.needs_token for request in plan.requests), self._steps.hidden_size)
+        if any(request.sampling.embed for request in asking):
+            states = torch.empty(sum(request.num_logits for request in plan.requests), self._steps.hidden_size)
         logits = self._logits(plan, states)
         try:
-            results = self._sample(logits, asked)
+            results = self._sample(logits, draws)
         except Exception:  # noqa: BLE001 - whatever it is, it shall not be the end of all requests
-            _log.exception("sampling %d rows failed: sampling each by itself", len(asked))
+            _log.exception("sampling %d rows failed: sampling each by itself", len(draws))
             logits = self._logits(plan, states)  # writes the same KV again; the sampler may have changed the first ones
-            results = [self._sample_alone(logits[row : row + 1], one) for row, one in enumerate(asked)]
+            results = [self._sample_alone(logits[row : row + 1], draw) for row, draw in enumerate(draws)]
         if states is not None:
             results = _with_states(results, plan, states)
         return StepResult(plan.step, tuple(results))
@@ -70,20 +71,18 @@ class ModelRunner:
     def _logits(self, plan: StepPlan, states: torch.Tensor | None) -> torch.Tensor:
         """Compute the plan; a row for each token to sample."""
         logits = self.forward(plan, states=states)
-        asking = [request for request in plan.requests if request.needs_token]
-        rows = [row for row, request in enumerate(asking) for _ in request.choices]
-        return logits[rows] if len(rows) > len(asking) else logits  # choices that begin draw from one row
+        rows = _rows_to_draw_from(plan)
+        return logits if rows == list(range(len(logits))) else logits[rows]
 
     @torch.inference_mode()
-    def _sample(self, logits: torch.Tensor, asked: list[tuple[ScheduledRequest, int]]) -> list[RequestResult]:
-        """Draw a token for each row, which is one choice of a request."""
-        draws = [sampler.draw_for(request, self._seed, choice) for request, choice in asked]
-        return sampler.sample(logits, draws, self._steps.chooser) if asked else []
+    def _sample(self, logits: torch.Tensor, draws: list[Draw]) -> list[RequestResult]:
+        """Draw a token for each row."""
+        return sampler.sample(logits, draws, self._steps.chooser) if draws else []
 
-    def _sample_alone(self, logits: torch.Tensor, asked: tuple[ScheduledRequest, int]) -> RequestResult:
+    def _sample_alone(self, logits: torch.Tensor, draw: Draw) -> RequestResult:
         """Draw for one row of a batch of which some row makes the sampler fail."""
         try:
-            (result,) = self._sample(logits, [asked])
+            (result,) = self._sample(logits, [draw])
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's alone
             problem = f"{type(error).__name__}: {error}"
             return RequestResult(error=f"no token can be chosen by the request's rules: {problem}")
@@ -97,16 +96,28 @@ class ModelRunner:
         return self._steps.forward(plan, every_token=every_token, states=states)
 
 
+def _rows_to_draw_from(plan: StepPlan) -> list[int]:
+    """The row of logits that each result is drawn from: choices that begin have one row together."""
+    rows: list[int] = []
+    end = 0
+    for request in plan.requests:
+        end += request.num_logits
+        if request.num_choices > 1:
+            rows += [end - 1] * request.num_results
+        else:
+            rows += range(end - request.num_results, end)
+    return rows
+
+
 def _with_states(results: list[RequestResult], plan: StepPlan, states: torch.Tensor) -> list[RequestResult]:
     """Put the state in place of the token of each request that asks for it and has not failed."""
-    asking = [request for request in plan.requests if request.needs_token]
-    told = iter(results)
-    with_states = []
-    for row, request in enumerate(asking):
-        for result in itertools.islice(told, request.num_choices):
-            state = states[row].numpy().astype("<f4").tobytes() if request.sampling.embed else None
-            with_states.append(result if state is None or result.error is not None else RequestResult(state=state))
-    return with_states
+    asking = [request for request in plan.requests for _ in range(request.num_results)]
+    return [
+        RequestResult(state=states[row].numpy().astype("<f4").tobytes())
+        if request.sampling.embed and result.error is None
+        else result
+        for request, row, result in zip(asking, _rows_to_draw_from(plan), results, strict=True)
+    ]
 
 
 def load_runner(

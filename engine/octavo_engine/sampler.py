@@ -88,7 +88,8 @@ class Draw:
     sampling: SamplingParams
     source: str  # what its random numbers are made from, besides the round
     past: PastTokens | None = None  # set if sampling.looks_back
-    grammar: Grammar | None = None  # that the answer keeps to
+    grammar: Grammar | None = None  # that the answer keeps to; it has had what is granted
+    granted: tuple[int, ...] = ()  # guesses that this draw takes as generated; `past` has not had them
 
     @property
     def is_greedy(self) -> bool:
@@ -101,12 +102,21 @@ class Draw:
         return (int.from_bytes(digest) >> (64 - _UNIFORM_BITS)) / float(1 << _UNIFORM_BITS)
 
 
-def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Draw:
-    """The draw of the token after the last one of `request`, for one of its choices."""
+def draws_for(request: ScheduledRequest, engine_seed: int) -> list[Draw]:
+    """The draws that a request with needs_token asks for: for each of its choices, then after each of its guesses."""
     sampling = request.sampling
     seed = str(sampling.seed) if sampling.seed is not None else f"{engine_seed}/{request.request_id}"
-    position = request.num_computed_tokens + len(request.token_ids)
-    return Draw(sampling, f"{seed}#{choice}@{position}", request.past, request.grammar)
+    position = request.num_computed_tokens + len(request.token_ids) - request.num_proposed
+    draws = [Draw(sampling, f"{seed}#{choice}@{position}", request.past, request.grammar) for choice in request.choices]
+    if request.num_proposed:
+        grammar, proposed = request.grammar, request.proposed
+        for number, token_id in enumerate(proposed, 1):
+            if grammar is not None:
+                grammar = grammar.fork()
+                grammar.accept(token_id)
+            source = f"{seed}#{request.choice}@{position + number}"
+            draws.append(Draw(sampling, source, request.past, grammar, proposed[:number]))
+    return draws
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw], chooser: Chooser | None = None) -> list[RequestResult]:
@@ -158,7 +168,7 @@ def _apply_bias(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
     early = _Entries()
     biased = _Entries()
     for row, draw in enumerate(draws):
-        if draw.past is not None and draw.past.num_generated < draw.sampling.min_tokens:
+        if draw.past is not None and draw.past.num_generated + len(draw.granted) < draw.sampling.min_tokens:
             early.add(row, draw.past.stop_token_ids)
         if draw.sampling.logit_bias:
             biased.add(row, *zip(*draw.sampling.logit_bias, strict=True))
@@ -176,7 +186,7 @@ def _apply_penalties(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
         p = draw.sampling
         if draw.past is None or not p.has_penalties:
             continue
-        ids, counts = draw.past.as_arrays()
+        ids, counts = draw.past.as_arrays(draw.granted)
         entries.add(
             row,
             ids,

@@ -42,8 +42,7 @@ class Steps(Protocol):
 
         Args:
             plan: of at least one request.
-            every_token: get logits after every token of the plan, and not only after the last token of each request
-                with needs_token set.
+            every_token: get logits after every token of the plan, and not only after those of its logits_rows.
             states: float32 [S, H] on the CPU, to be filled with the normed output of the last layer in the same rows.
 
         Returns:
@@ -81,7 +80,7 @@ class TorchSteps:
         """See Steps; the logits are in the compute dtype."""
         step = build_step(plan, block_size=self._block_size, device=self._device)
         self._attention.begin_step(step.attention)
-        rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.last_rows
+        rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.logits_rows
         return self._model.forward(step.input_ids, step.positions, rows, states)
 
 

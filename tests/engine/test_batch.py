@@ -27,12 +27,22 @@ def test_tokens_of_all_requests_become_one_sequence_with_their_slots() -> None:
     assert step.attention.block_tables[1, :2].tolist() == [3, 0]
     assert step.attention.query_lens == (1, 3, 2)
     assert step.attention.context_lens == (10, 5, 2)
-    assert step.last_rows.tolist() == [0, 5]  # of those that need a token
+    assert step.logits_rows.tolist() == [0, 5]  # of those that need a token
+
+
+def test_a_guess_has_a_row_of_its_own_after_the_newest_token() -> None:
+    piece = ScheduledRequest("a", (21, 22), 0, (3,), needs_token=False, sampling=SAMPLING)
+    guess = ScheduledRequest("b", (11, 12, 13), 9, (5, 2, 7), needs_token=True, sampling=SAMPLING, num_proposed=2)
+    three = ScheduledRequest("c", (14,), 9, (5, 2, 7), needs_token=True, sampling=SAMPLING, num_choices=3)
+    plan = StepPlan(0, (piece, guess, three))
+    assert build_step(plan, block_size=4, device=CPU).logits_rows.tolist() == [2, 3, 4, 5]
+    assert guess.proposed == (12, 13)
+    assert [request.num_results for request in plan.requests] == [0, 3, 3]
 
 
 def test_a_step_in_which_nobody_needs_a_token_has_no_rows() -> None:
     piece = ScheduledRequest("b", (21, 22), 0, (3,), needs_token=False, sampling=SAMPLING)
-    assert build_step(StepPlan(0, (piece,)), block_size=4, device=CPU).last_rows.tolist() == []
+    assert build_step(StepPlan(0, (piece,)), block_size=4, device=CPU).logits_rows.tolist() == []
 
 
 def test_a_block_table_too_short_for_the_tokens_is_a_bug_of_the_caller() -> None:

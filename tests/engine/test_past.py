@@ -24,6 +24,20 @@ def test_each_token_is_there_once_with_how_often_it_was_generated(prompt: list[i
     assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == dict.fromkeys(prompt, 0) | Counter(output)
 
 
+@given(prompt=TOKENS, output=TOKENS, granted=TOKENS)
+def test_what_is_granted_counts_like_what_was_generated_and_leaves_no_trace(
+    prompt: list[int], output: list[int], granted: list[int]
+) -> None:
+    past, later = PastTokens(prompt, ()), PastTokens(prompt, ())
+    for token in output:
+        past.add(token)
+    for token in output + granted:
+        later.add(token)
+    before = [array.tolist() for array in past.as_arrays()]
+    assert [array.tolist() for array in past.as_arrays(granted)] == [array.tolist() for array in later.as_arrays()]
+    assert [array.tolist() for array in past.as_arrays()] == before
+
+
 def request(num_choices: int = 1, **rules: float) -> Request:
     return Request(
         request_id="a",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
 from octavo_engine import device
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError, DeviceMissing, ModelDoesNotFit, ModelNotFound, TensorParallelInvalid
-from octavo_engine.plan import LoadedModel, SamplingParams, ScheduledRequest, StepPlan
+from octavo_engine.past import PastTokens
+from octavo_engine.plan import LoadedModel, RequestResult, SamplingParams, ScheduledRequest, StepPlan
 from octavo_engine.planning import plan_ahead
 from octavo_engine.runner import ModelRunner, load_runner
 
@@ -90,6 +92,63 @@ def test_choices_that_begin_draw_from_one_row_each_by_itself(write_tiny_gguf: An
     for choice, expected in enumerate(choices):
         alone = ScheduledRequest("a", (5, 6, 7), 0, (0,), needs_token=True, sampling=sampling, choice=choice)
         assert runner.execute(StepPlan(2, (alone,))).results == (expected,)
+
+
+class Odd:
+    """A grammar: tokens up and down, first an odd one."""
+
+    def __init__(self, parity: int = 1) -> None:
+        self.parity = parity
+
+    def mask(self) -> np.ndarray:
+        """See Grammar."""
+        return np.packbits(np.arange(96) % 2 == self.parity, bitorder="little")
+
+    def accept(self, token_id: int) -> None:
+        """See Grammar."""
+        assert token_id % 2 == self.parity
+        self.parity = 1 - self.parity
+
+    def fork(self) -> Odd:
+        """See Grammar."""
+        return Odd(self.parity)
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "greedy with logprobs": {"temperature": 0.0, "num_logprobs": 3},
+    "random": {"temperature": 1.5, "top_p": 0.9, "seed": 3},
+    "penalties": {"temperature": 0.0, "frequency_penalty": 2.0, "repetition_penalty": 1.5},
+    "min_tokens": {"temperature": 1.0, "top_k": 5, "min_tokens": 3, "logit_bias": ((2, 50.0),)},
+}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("with_grammar", [False, True])
+def test_what_is_drawn_after_guesses_is_what_is_drawn_once_they_have_come(
+    write_tiny_gguf: Any, rules: dict[str, Any], *, with_grammar: bool
+) -> None:
+    runner = load(write_tiny_gguf()).runner
+    sampling = SamplingParams(max_tokens=8, **rules)
+    beside = request("beside", (9, 8), block=2)
+    past = PastTokens((5, 6), (2,))
+    grammar = Odd() if with_grammar else None
+
+    def decode(token_ids: tuple[int, ...], at: int, num_proposed: int) -> ScheduledRequest:
+        return ScheduledRequest(
+            "a", token_ids, at, (0, 1), True, sampling, past=past, grammar=grammar, num_proposed=num_proposed
+        )
+
+    runner.execute(StepPlan(0, (request("a", (5, 6)),)))
+    guessed = runner.execute(StepPlan(1, (decode((7, 11, 4, 41), 2, 3), beside))).results
+    one_by_one: list[RequestResult] = []
+    for at, token_id in enumerate((7, 11, 4, 41), 2):
+        if at > 2:
+            past.add(token_id)
+            if grammar is not None:
+                grammar.accept(token_id)
+        one_by_one += runner.execute(StepPlan(at, (decode((token_id,), at, 0),))).results
+    assert list(guessed[:4]) == one_by_one
+    assert guessed[4:] == runner.execute(StepPlan(9, (beside,))).results
 
 
 def test_a_plans_copies_are_made_before_its_tokens_are_stored(write_tiny_gguf: Any) -> None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from octavo_engine import sampler
 from octavo_engine.past import PastTokens
 from octavo_engine.plan import SamplingParams, ScheduledRequest
-from octavo_engine.sampler import Draw, draw_for
+from octavo_engine.sampler import Draw, draws_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,11 @@ def params(**options: Any) -> SamplingParams:
 
 def request(request_id: str = "a", position: int = 5, **options: Any) -> ScheduledRequest:
     return ScheduledRequest(request_id, (1,), position - 1, (0,), needs_token=True, sampling=params(**options))
+
+
+def draw_for(request: ScheduledRequest, engine_seed: int, choice: int = 0) -> Draw:
+    (draw,) = draws_for(msgspec.structs.replace(request, choice=choice), engine_seed)
+    return draw
 
 
 def past(prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), stop: tuple[int, ...] = ()) -> PastTokens:
@@ -282,6 +288,42 @@ def test_random_numbers_over_positions_are_uniform(attempt: int) -> None:
     assert uniforms != [draw.uniform(1 - attempt) for draw in draws]
     shares = Counter(int(uniform * 10) for uniform in uniforms)
     assert all(abs(shares[tenth] / 4000 - 0.1) < 0.025 for tenth in range(10))  # five standard deviations
+
+
+def test_a_draw_after_a_guess_is_that_of_the_request_which_had_the_token() -> None:
+    rules = {"seed": 7, "frequency_penalty": 0.5, "min_tokens": 9}
+    request = ScheduledRequest("a", (1, 5, 6), 4, (0,), needs_token=True, sampling=params(**rules), num_proposed=2)
+    first, *others = draws_for(msgspec.structs.replace(request, past=past((1,))), 0)
+    assert first.granted == ()
+    assert [draw.granted for draw in others] == [(5,), (5, 6)]
+    positions = [5, 6, 7]
+    assert [draw.source for draw in (first, *others)] == [
+        draw_for(ScheduledRequest("b", (1,), position - 1, (0,), needs_token=True, sampling=params(seed=7)), 0).source
+        for position in positions
+    ]
+
+
+@given(
+    output=st.lists(st.integers(0, 9), max_size=4),
+    granted=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    rules=st.fixed_dictionaries(
+        {
+            "repetition_penalty": st.sampled_from([1.0, 1.7]),
+            "frequency_penalty": st.sampled_from([0.0, 0.8]),
+            "presence_penalty": st.sampled_from([0.0, -0.6]),
+            "min_tokens": st.integers(0, 6),
+            "temperature": st.sampled_from([0.0, 1.0]),
+        }
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_granted_to_a_draw_counts_as_generated(
+    output: list[int], granted: list[int], rules: dict[str, Any]
+) -> None:
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(len(output)))
+    guessed = Draw(params(**rules), "a", past((1, 2), tuple(output), stop=(0,)), None, tuple(granted))
+    came = Draw(params(**rules), "a", past((1, 2), (*output, *granted), stop=(0,)))
+    assert sample(logits.clone(), [guessed]) == sample(logits.clone(), [came])
 
 
 def test_each_choice_of_a_request_draws_for_itself() -> None:

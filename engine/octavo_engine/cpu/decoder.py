@@ -133,10 +133,7 @@ class CpuDecoder:
         requests = plan.requests
         query_starts = _starts([len(request.token_ids) for request in requests])
         num_tokens = int(query_starts[-1])
-        if every_token:
-            rows = np.arange(num_tokens, dtype=np.int32)
-        else:
-            rows = query_starts[1:][[request.needs_token for request in requests]] - 1
+        rows = np.array(range(num_tokens) if every_token else plan.logits_rows, dtype=np.int32)
         logits = torch.empty(len(rows), self._spec.vocab_size)
         token_ids = _flat([request.token_ids for request in requests], num_tokens)
         computed = np.array([request.num_computed_tokens for request in requests], dtype=np.int32)

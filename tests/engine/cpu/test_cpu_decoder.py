@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -289,6 +290,24 @@ def test_only_requests_that_need_a_token_get_logits(native: ctypes.CDLL) -> None
 
     assert torch.equal(decoder.forward(StepPlan(0, (other, needy))), every[-1:])
     assert decoder.forward(StepPlan(0, (other,))).shape == (0, 100)
+
+
+@pytest.mark.parametrize("num_guesses", [1, 3, 7])
+def test_logits_after_guesses_are_bit_for_bit_those_of_one_token_at_a_time(
+    native: ctypes.CDLL, num_guesses: int
+) -> None:
+    decoder = in_cpp(native, spec_of(), RandomWeights())
+    token_ids = tokens(30 + num_guesses)
+    blocks = tuple(range(6))
+    decoder.forward(StepPlan(0, (piece(token_ids, 0, 29, blocks),)))
+    guesses = msgspec.structs.replace(piece(token_ids, 29, 30 + num_guesses, blocks), num_proposed=num_guesses)
+
+    together = decoder.forward(StepPlan(0, (guesses, piece(tokens(5), 0, 5, (9,), name="b"))))[:-1]
+
+    alone = [
+        decoder.forward(StepPlan(0, (piece(token_ids, at, at + 1, blocks),))) for at in range(29, 30 + num_guesses)
+    ]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_a_copied_block_holds_what_the_original_holds(library: ctypes.CDLL) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import random
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -147,6 +148,8 @@ def test_ranks_compute_what_one_computes(shared: Shared, tmp_path: Path, family:
         assert error <= max_error, f"{dtype}: max error {error:.3g} of logits up to {expected.abs().max():.3g}"
         if dtype == torch.float32:
             assert greedy(together, 12) == expected_tokens
+            guesses = StepPlan(0, (msgspec.structs.replace(piece(20, 24), num_proposed=3),))
+            assert together.execute(guesses) == alone.execute(guesses)
 
 
 def test_a_float32_result_does_not_depend_on_the_batch_with_ranks_either(shared: Shared, tmp_path: Path) -> None:
