@@ -14,7 +14,8 @@ import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Final
 
-from octavo_engine.config import EngineConfig, ServerConfig
+from octavo_engine.config import EngineConfig, ServerConfig, SpeculativeConfig
+from octavo_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,3 +107,11 @@ def one_stage(text: str) -> int:
             f"{text!r}: pipeline parallelism is not supported; use 1, and --tensor-parallel-size for several devices"
         )
     return 1
+
+
+def speculation(text: str) -> SpeculativeConfig:
+    """Read how tokens are guessed ahead."""
+    try:
+        return SpeculativeConfig.from_json(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import octavo_engine
-from octavo_engine.argument_values import DEFAULTS, api_key, between, one_stage, or_auto, size, whole
+from octavo_engine.argument_values import DEFAULTS, api_key, between, one_stage, or_auto, size, speculation, whole
 from octavo_engine.config import Device, DType, Quantization
 from octavo_engine.server_arguments import LOCAL_ADDRESS, add_access_options, add_server_options, add_termination_log
 
@@ -307,4 +307,12 @@ def _add_memory_options(group: argparse._ActionsContainer) -> None:
         default=DEFAULTS["max_num_batched_tokens"],
         metavar="TOKENS",
         help="tokens computed in one step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--speculative-config",
+        type=speculation,
+        metavar="JSON",
+        help='guess tokens ahead and verify several in a step: {"method": "ngram", "num_speculative_tokens": 3, '
+        '"prompt_lookup_min": 2, "prompt_lookup_max": 4} guesses what followed the same tokens before, {"model": NAME, '
+        '"num_speculative_tokens": 4} what a smaller model says; the same answers, sooner (default: no guesses)',
     )

@@ -6,9 +6,10 @@ longest context) is a separate object: sizing.py.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - msgspec resolves annotations at run time
-from typing import Literal
+from typing import Final, Literal
 
 from octavo_engine.errors import ConfigError
 
@@ -20,6 +21,60 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 
 # Who comes when so many wait would get the first token after about as many whole answers: better to go elsewhere.
 DEFAULT_QUEUED_PER_RUNNING = 4
+
+
+_DEFAULT_LOOKUP: Final = 5  # tokens; vLLM's
+_MAX_LOOKUP: Final = 16  # tokens; each length has an index of its own
+_SPECULATION: Final = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculativeConfig:
+    """Speculative decoding by what followed the same tokens before: vLLM's method "ngram", its names and defaults."""
+
+    num_speculative_tokens: int  # most guesses that a request has in a step
+    prompt_lookup_min: int  # the shortest run of tokens that is looked for
+    prompt_lookup_max: int  # the longest one, which is looked for first
+
+    @classmethod
+    def from_json(cls, text: str) -> SpeculativeConfig:
+        """Read the value of --speculative-config.
+
+        Raises:
+            ConfigError: it is not as it must be; names the key.
+        """
+        try:
+            given = json.loads(text)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise ConfigError(f"{text!r} is not a JSON object such as {_SPECULATION}")
+        if "model" in given:
+            raise ConfigError(f"'model': draft models are not supported; write {_SPECULATION}")
+        if given.get("method") not in ("ngram", "[ngram]"):
+            raise ConfigError(
+                f"'method' is {given.get('method')!r}: \"ngram\" alone is supported; write {_SPECULATION}"
+            )
+        known = ("method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
+        if unknown := sorted(given.keys() - set(known)):
+            raise ConfigError(f"{unknown[0]!r} is not supported; there are {', '.join(known)}")
+        longest = _whole(given, "prompt_lookup_max", given.get("prompt_lookup_min", _DEFAULT_LOOKUP), _MAX_LOOKUP)
+        shortest = _whole(given, "prompt_lookup_min", longest, _MAX_LOOKUP)
+        if shortest > longest:
+            raise ConfigError(f"'prompt_lookup_min' {shortest} is more than 'prompt_lookup_max' {longest}")
+        return cls(
+            num_speculative_tokens=_whole(given, "num_speculative_tokens", None, None),
+            prompt_lookup_min=shortest,
+            prompt_lookup_max=longest,
+        )
+
+
+def _whole(given: dict[str, object], key: str, default: object, most: int | None) -> int:
+    value = given.get(key, default)
+    if type(value) is not int or value < 1 or (most is not None and value > most):
+        bounds = "of at least 1" if most is None else f"from 1 to {most}"
+        raise ConfigError(f"{key!r} must be a whole number {bounds}{f', not {value!r}' if key in given else ''}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +95,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # for KV blocks; None: a share of what the cgroup or the GPU has free
     gpu_memory_utilization: float | None = None  # share of a GPU's memory to use in all; None: 0.9; not for a CPU
     enable_prefix_caching: bool = True  # keep KV of ended requests while memory lasts, for prompts that begin alike
+    speculative_config: SpeculativeConfig | None = None  # guess tokens ahead and verify several in a step; None: do not
     deterministic: bool = False  # a request's tokens may not depend on the other requests; refused where they would
     log_format: LogFormat = "text"  # of the lines that this process writes while it runs
     seed: int = 0  # seeds the sampling of requests that bring no seed of their own
@@ -51,6 +107,17 @@ class EngineConfig:
                 f"{self.max_num_seqs}, but each running request needs a token in every step: raise the first or lower "
                 "the second"
             )
+        guesses = self.num_speculative_tokens
+        if guesses >= self.max_num_batched_tokens:
+            raise ConfigError(
+                f"--speculative-config: 'num_speculative_tokens' {guesses} and the token before them are more than a "
+                f"step has room for: --max-num-batched-tokens is {self.max_num_batched_tokens}"
+            )
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Most guesses that a request has in a step; 0 without speculation."""
+        return 0 if self.speculative_config is None else self.speculative_config.num_speculative_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

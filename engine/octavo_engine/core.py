@@ -33,6 +33,7 @@ from octavo_engine.messages import (
 from octavo_engine.planning import plan_ahead
 from octavo_engine.process import bind_to_parent
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.speculation import LookupProposer, Speculation
 from octavo_engine.structured.pending import PendingGrammars
 from octavo_engine.transport import EngineChannel, config_from_json
 
@@ -163,6 +164,7 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
             eos_token_ids=model.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
             paces_prefills=model.facts.device == "cpu",
+            speculation=speculation_of(config),
         )
         channel.send(model.facts)
         # In its thread, when the first request with a grammar comes: most servers see none.
@@ -180,6 +182,12 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
         logger.exception("the engine failed")
         refuse(channel, "EngineFailed", f"{type(error).__name__}: {error}", {})
         return 1
+
+
+def speculation_of(config: EngineConfig) -> Speculation | None:
+    """What the scheduler has guesses from."""
+    lookup = config.speculative_config
+    return None if lookup is None else Speculation(lambda: LookupProposer(lookup))
 
 
 def load_compiler(path: Path, eos_token_ids: frozenset[int]) -> Compiler:

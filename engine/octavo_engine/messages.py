@@ -90,6 +90,14 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     state: bytes = b""  # with sampling.embed, which brings no tokens: see RequestResult
 
 
+class DraftStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the guesses of speculative decoding since the start."""
+
+    num_drafts: int  # a request's guesses in one step, however many, are one
+    num_draft_tokens: int  # guesses
+    num_accepted_tokens_per_pos: tuple[int, ...]  # guesses that were right, by their place in the draft
+
+
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduler's gauges after a step, and counters since the start."""
 
@@ -102,6 +110,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_prefix_cache_queries: int  # tokens that were looked up in the prefix cache, since start; each request once
     num_prefix_cache_hits: int  # those of them that were found
     step: int  # steps since start: that it moves while num_running > 0 is what liveness means
+    drafts: DraftStats | None = None  # with speculative decoding
 
 
 class StepOutputs(Message, frozen=True):

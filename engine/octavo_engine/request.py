@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from octavo_engine.past import PastTokens
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from octavo_engine.grammar import Grammar
     from octavo_engine.messages import FinishReason
     from octavo_engine.plan import SamplingParams
+    from octavo_engine.speculation import Proposer
 
 
 class RequestStatus(Enum):
@@ -56,6 +58,7 @@ class Request:
     num_cached_tokens: int | None = None  # prompt tokens that it had when this was first admitted; None: not yet
     num_preemptions: int = 0
     grammar: Grammar | None = None  # where the answer is in what it keeps to
+    proposer: Proposer | None = None  # guesses at what comes next
     past: PastTokens | None = field(init=False)  # what the sampler must know of token_ids, if anything
 
     def __post_init__(self) -> None:
@@ -100,6 +103,12 @@ class Request:
             for choice in range(self.choice + 1, self.choice + num_choices)
         ]
         return [self, *others]
+
+    def guess(self, most: int) -> tuple[int, ...]:
+        """Guesses at the tokens that come next, at most so many. None would end this: it is drawn as well unguessed."""
+        assert self.proposer is not None
+        guesses = self.proposer.propose(self.token_ids, most)
+        return tuple(takewhile(lambda token_id: token_id not in self.stop_token_ids, guesses))
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token; return why the request ends with it, or None if it goes on."""

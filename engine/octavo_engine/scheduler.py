@@ -39,6 +39,10 @@ one is the first. Of one priority, running and waiting requests together are alw
 Once its prompt is computed, a request for n answers forks: its choices hold the same blocks, and each but the last one
 to write copies the partly filled last block first, by the plan's `copies`.
 
+With speculative decoding, decodes may compute guesses at what comes next too, out of what budget and blocks all of that
+leaves. A guess that is drawn is a token like any other; what follows one that is not is forgotten, and its slots are
+written again. A request's outcome does not depend on its guesses.
+
 A full block is offered to the prefix cache once a token sampled after it was sound, so that a request whose KV is
 spoilt (NaN) spoils nobody else's; one that is preempted before finds its own blocks alone. The blocks of ended and
 preempted requests stay in the cache until memory is needed; after an error they are forgotten.
@@ -51,16 +55,22 @@ from itertools import islice, pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.kvcache.manager import KVCacheManager
 from octavo_engine.messages import RequestUpdate, SchedulerStats
 from octavo_engine.plan import ScheduledRequest, StepPlan
 from octavo_engine.request import Request, RequestStatus
+from octavo_engine.speculation import count_right
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from octavo_engine.grammar import Grammar
     from octavo_engine.messages import AddRequest, FinishReason
     from octavo_engine.plan import RequestResult, StepResult
+    from octavo_engine.speculation import Speculation
 
 FIRST_PREFILL_PARTS = 16
 PACED_TOKENS = 16
@@ -82,6 +92,7 @@ class Scheduler:
         eos_token_ids: the model's end-of-sequence tokens.
         enable_prefix_caching: whether requests find the KV of others that began alike.
         paces_prefills: whether a step takes longer with every token; see above.
+        speculation: what guesses come from, with speculative decoding.
     """
 
     def __init__(
@@ -95,6 +106,7 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         enable_prefix_caching: bool = True,
         paces_prefills: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         assert max_model_len <= num_blocks * block_size, "a request of max_model_len tokens must fit alone"
         assert max_num_batched_tokens >= max_num_seqs, "the budget must hold every decode"
@@ -106,6 +118,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
         self._paces_prefills = paces_prefills
+        self._speculation = speculation
         self._requests: dict[str, list[Request]] = {}  # the living choices of every request
         self._running: list[Request] = []  # in order
         self._waiting: list[Request] = []  # in order
@@ -158,6 +171,7 @@ class Scheduler:
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
             max_num_tokens=min(num_prompt_tokens + sampling.max_tokens, self._max_model_len),
             grammar=grammar,
+            proposer=None if self._speculation is None else self._speculation.make_proposer(),
         )
         self._num_added += 1
         self._requests[request.request_id] = [request]
@@ -179,12 +193,16 @@ class Scheduler:
         self._in_step, self._copies = [], []
         scheduled, prefills = self._schedule_decodes()
         self._admit(prefills)
+        num_decodes = len(scheduled)
+        budget = self._max_num_batched_tokens - num_decodes
         if prefills:
-            budget, parts = self._max_num_batched_tokens - len(scheduled), FIRST_PREFILL_PARTS
+            parts = FIRST_PREFILL_PARTS
             if scheduled and self._paces_prefills:
-                budget = min(budget, PACED_TOKENS + PACED_TOKENS_A_DECODE * len(scheduled))
+                budget = min(budget, PACED_TOKENS + PACED_TOKENS_A_DECODE * num_decodes)
                 parts = PACED_FIRST_PREFILL_PARTS
             scheduled += self._schedule_prefills(prefills, budget, -(-budget // parts))
+        if self._speculation is not None:
+            self._add_guesses(scheduled, budget - sum(len(share.token_ids) for share in scheduled[num_decodes:]))
         return StepPlan(self._step, tuple(scheduled), tuple(self._copies)) if scheduled else None
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
@@ -196,14 +214,18 @@ class Scheduler:
         results = iter(result.results)
         num_ended = self._num_ended
         for request, scheduled in zip(self._in_step, plan.requests, strict=True):
-            request.num_computed_tokens += len(scheduled.token_ids)
+            request.num_computed_tokens += len(scheduled.token_ids) - scheduled.num_proposed
             if not scheduled.needs_token:
                 continue
             row = next(results)
+            accepted: Sequence[RequestResult] = ()
+            if scheduled.num_proposed:
+                *accepted, row = self._accept(request, scheduled, [row, *islice(results, scheduled.num_proposed)])
             if row.error is None and request.num_computed_tokens - request.num_offered_tokens >= block_size:
                 self._offer_blocks(request)
             if request.num_choices == 1:
-                updates.append(self._take(request, row))
+                update = self._take(request, row)
+                updates.append(_after(accepted, update) if accepted else update)
             else:
                 rows = [row, *islice(results, request.num_choices - 1)]
                 updates += map(self._take, self._fork(request), rows)
@@ -224,6 +246,7 @@ class Scheduler:
             num_prefix_cache_queries=self._num_prefix_cache_queries,
             num_prefix_cache_hits=self._num_prefix_cache_hits,
             step=self._step,
+            drafts=None if self._speculation is None else self._speculation.stats(),
         )
 
     def check_integrity(self) -> None:
@@ -336,12 +359,46 @@ class Scheduler:
             scheduled.append(_share(request, token_ids, end == request.num_tokens))
         return scheduled
 
+    def _add_guesses(self, scheduled: list[ScheduledRequest], budget: int) -> None:
+        """Let those of the plan that generate compute guesses too, in order, as far as budget and free blocks reach."""
+        for place, request in enumerate(self._in_step):
+            num_tokens = request.num_tokens
+            most = min(budget, request.max_num_tokens - num_tokens - 1)  # a last token is drawn after all guesses
+            if most < 1 or num_tokens == request.num_prompt_tokens or request.num_uncomputed_tokens > 1:
+                continue
+            guesses = request.guess(most)
+            if not guesses:
+                continue
+            block_ids = self._kv.extend(
+                request.block_ids, num_tokens + len(guesses), num_spare_blocks=len(self._running)
+            )
+            if block_ids is not None:
+                request.block_ids = block_ids
+            guesses = guesses[: len(request.block_ids) * self._kv.block_size - num_tokens]
+            if guesses:
+                budget -= len(guesses)
+                scheduled[place] = _share(request, (request.token_ids[-1], *guesses), True, len(guesses))
+
+    def _accept(self, request: Request, scheduled: ScheduledRequest, rows: list[RequestResult]) -> list[RequestResult]:
+        """Take in the guesses that were drawn, and return their rows with the one after them, the next to be taken."""
+        assert self._speculation is not None
+        assert request.proposer is not None
+        num_right = count_right(scheduled.proposed, rows)
+        for token_id in scheduled.proposed[:num_right]:
+            finish_reason = request.append(token_id)
+            assert finish_reason is None, "a guess never ends a request"
+        request.num_computed_tokens += num_right
+        request.proposer.learn(num_right)
+        self._speculation.count(scheduled.num_proposed, num_right)
+        return rows[: num_right + 1]
+
     def _fork(self, request: Request) -> list[Request]:
         """Split a request whose prompt is computed into its choices."""
         request.shares_last_block = request.num_computed_tokens % self._kv.block_size != 0
         choices = request.fork()
         self._kv.share(request.block_ids, len(choices) - 1)
         for choice in choices[1:]:
+            choice.proposer = None if self._speculation is None else self._speculation.make_proposer()
             insort(self._running, choice, key=_order)
         self._requests[request.request_id] = list(choices)
         return choices
@@ -411,7 +468,12 @@ class Scheduler:
         request.num_computed_tokens = request.num_offered_tokens = 0
 
 
-def _share(request: Request, token_ids: tuple[int, ...], needs_token: bool) -> ScheduledRequest:  # noqa: FBT001 - hot
+def _share(
+    request: Request,
+    token_ids: tuple[int, ...],
+    needs_token: bool,  # noqa: FBT001 - hot
+    num_proposed: int = 0,
+) -> ScheduledRequest:
     """A request's share of the step."""
     return ScheduledRequest(
         request.request_id,
@@ -425,4 +487,14 @@ def _share(request: Request, token_ids: tuple[int, ...], needs_token: bool) -> S
         request.num_prompt_tokens,
         request.past,
         request.grammar,
+        num_proposed,
+    )
+
+
+def _after(accepted: Sequence[RequestResult], update: RequestUpdate) -> RequestUpdate:
+    """An update with the guesses that came before its token."""
+    return replace(
+        update,
+        token_ids=(*(row.token_id for row in accepted if row.token_id is not None), *update.token_ids),
+        logprobs=(*(row.logprobs for row in accepted if row.logprobs is not None), *update.logprobs),
     )

@@ -206,8 +206,8 @@ def _work_bytes(spec: DecoderSpec, config: EngineConfig, dtype: ComputeDType, *,
     """Bytes that the largest step needs beside weights and cache.
 
     Of each token, in torch: the residual and its norm, the widest of the layer's intermediate results with its input,
-    and a row of the attention mask of the reference backend. Of each request: its logits. Of each position that there
-    may be: its rotations.
+    and a row of the attention mask of the reference backend. Of each token that one is drawn after: logits. Of each
+    position that there may be: its rotations.
     """
     positions = config.max_model_len or spec.max_context
     if native is not None:
@@ -216,9 +216,10 @@ def _work_bytes(spec: DecoderSpec, config: EngineConfig, dtype: ComputeDType, *,
         heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         widest = max(3 * spec.intermediate_size, 2 * heads)
         per_token = 3 * 4 * spec.hidden_size + widest * _DTYPE_BYTES[dtype] + 8 * positions
-    per_request = spec.vocab_size * _LOGIT_BYTES
+    per_draw = spec.vocab_size * _LOGIT_BYTES
+    num_draws = min(config.max_num_seqs * (1 + config.num_speculative_tokens), config.max_num_batched_tokens)
     per_position = len(set(spec.ropes)) * spec.head_dim * _ROTATION_BYTES
-    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_request + positions * per_position
+    return config.max_num_batched_tokens * per_token + num_draws * per_draw + positions * per_position
 
 
 def _kv_budget(

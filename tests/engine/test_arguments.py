@@ -14,7 +14,7 @@ import pytest
 from octavo_engine.argument_values import size
 from octavo_engine.arguments import build_parser
 from octavo_engine.cli import main
-from octavo_engine.config import EngineConfig, ServerConfig
+from octavo_engine.config import EngineConfig, ServerConfig, SpeculativeConfig
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("serve", "run", "plan", "pull", "push", "create", "show", "list", "cp", "rm", "ps", "completion")
@@ -69,6 +69,25 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
     "--no-enable-prefix-caching": (True, None, False, {}),
     "--max-num-seqs": (64, "8", 8, {"0": "'0' is not a whole number of at least 1"}),
     "--max-num-batched-tokens": (512, "2048", 2048, {"1.5": "not a whole number"}),
+    "--speculative-config": (
+        None,
+        '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}',
+        SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=2, prompt_lookup_max=4),
+        {
+            "ngram": "'ngram' is not a JSON object such as {",
+            '{"model": "small", "num_speculative_tokens": 3}': "'model': draft models are not supported",
+            '{"num_speculative_tokens": 3}': "'method' is None: \"ngram\" alone is supported",
+            '{"method": "eagle3", "num_speculative_tokens": 3}': "'method' is 'eagle3'",
+            '{"method": "ngram"}': "'num_speculative_tokens' must be a whole number of at least 1",
+            '{"method": "ngram", "num_speculative_tokens": true}': "at least 1, not True",
+            '{"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_max": 17}': "from 1 to 16, not 17",
+            '{"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_min": 0}': "from 1 to 16, not 0",
+            '{"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_min": 6, "prompt_lookup_max": 5}': (
+                "'prompt_lookup_min' 6 is more than 'prompt_lookup_max' 5"
+            ),
+            '{"method": "ngram", "num_speculative_tokens": 1, "revision": "v1"}': "'revision' is not supported",
+        },
+    ),
 }
 
 

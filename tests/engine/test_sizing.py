@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo_engine.config import EngineConfig
+from octavo_engine.config import EngineConfig, SpeculativeConfig
 from octavo_engine.cpu.compute import kv_block_bytes
 from octavo_engine.errors import ConfigError, ModelDoesNotFit
 from octavo_engine.models.spec import DecoderSpec, Rope
@@ -122,6 +122,14 @@ def test_a_gpu_has_larger_blocks_and_gives_the_cache_all_that_is_left() -> None:
     assert gpu.block_size == 16
     left = 80 * GIB - fixed_bytes(gpu)
     assert left - 16 * gpu.kv_bytes_per_token < gpu.kv_bytes <= left
+
+
+def test_each_guess_needs_logits_of_its_own_as_far_as_a_step_has_room() -> None:
+    guesses = SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=1)
+    without, with_guesses = (plan(24 * GIB, max_num_seqs=64, speculative_config=one) for one in (None, guesses))
+    assert with_guesses.work_bytes - without.work_bytes == 64 * 3 * 49152 * 20
+    full = plan(24 * GIB, max_num_seqs=64, max_num_batched_tokens=64, speculative_config=guesses)
+    assert full.work_bytes == plan(24 * GIB, max_num_seqs=64, max_num_batched_tokens=64).work_bytes
 
 
 def test_half_precision_halves_weights_and_cache() -> None:

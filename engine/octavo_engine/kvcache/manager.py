@@ -60,13 +60,15 @@ class KVCacheManager:
         self._pool.share(cached)
         return cached + self._pool.allocate(num_new_blocks), len(cached) * self.block_size
 
-    def extend(self, block_ids: tuple[int, ...], num_tokens: int) -> tuple[int, ...] | None:
-        """Extend a block table until it has slots for `num_tokens` tokens.
+    def extend(
+        self, block_ids: tuple[int, ...], num_tokens: int, *, num_spare_blocks: int = 0
+    ) -> tuple[int, ...] | None:
+        """Extend a block table, unless it is long enough, until it has slots for `num_tokens` tokens.
 
-        Returns the longer table; None, with nothing changed, if there are not enough free blocks.
+        Returns the table; None, with nothing changed, if not so many blocks besides the spare ones are free.
         """
         num_new_blocks = -(-num_tokens // self.block_size) - len(block_ids)
-        if num_new_blocks > self._pool.num_free_blocks:
+        if num_new_blocks > max(0, self._pool.num_free_blocks - num_spare_blocks):
             return None
         return block_ids + self._pool.allocate(num_new_blocks)
 

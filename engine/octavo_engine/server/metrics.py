@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.registry import Collector
 
 from octavo_engine.errors import RejectionReason
+from octavo_engine.messages import DraftStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,9 +63,10 @@ class Metrics:
     Args:
         model_name: a label of all.
         old_names: serve OLD_NAMES too.
+        num_speculative_tokens: with speculative decoding, the most guesses that a request has in a step; else 0.
     """
 
-    def __init__(self, model_name: str, *, old_names: bool = False) -> None:
+    def __init__(self, model_name: str, *, old_names: bool = False, num_speculative_tokens: int = 0) -> None:
         self._old_names = old_names
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
@@ -171,8 +173,20 @@ class Metrics:
         }
         self._http_requests, self._http_seconds = _http_metrics(self._registry)
         self._num_preemptions_seen = 0
-        self._num_prefix_queries_seen = 0
-        self._num_prefix_hits_seen = 0
+        self._num_prefix_queries_seen = self._num_prefix_hits_seen = 0
+        self._drafts = self._draft_metrics(num_speculative_tokens) if num_speculative_tokens else None
+
+    def _draft_metrics(self, num_speculative_tokens: int) -> _DraftMetrics:
+        """Those that vLLM has with speculative decoding alone."""
+        by_place = self._by(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "The same, by place in the draft.", Counter, "position"
+        )
+        return _DraftMetrics(
+            self._counter("vllm:spec_decode_num_drafts", "Drafts: a request's guesses in one step."),
+            self._counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed."),
+            self._counter("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right."),
+            [by_place(str(place)) for place in range(num_speculative_tokens)],
+        )
 
     def _add_constants(self) -> None:
         """What vLLM tells of things that this engine does not have."""
@@ -233,6 +247,8 @@ class Metrics:
         self._num_prefix_queries_seen = stats.num_prefix_cache_queries
         self._prefix_hits.inc(stats.num_prefix_cache_hits - self._num_prefix_hits_seen)
         self._num_prefix_hits_seen = stats.num_prefix_cache_hits
+        if self._drafts is not None and stats.drafts is not None:
+            self._drafts.take(stats.drafts)
 
     def on_finished(self, reason: FinishedReason, seconds: float) -> None:
         """A request ended, so many seconds after it came in."""
@@ -289,6 +305,26 @@ class Metrics:
         return Histogram(name, documentation, list(self._labels), buckets=buckets, registry=self._registry).labels(
             **self._labels
         )
+
+
+class _DraftMetrics:
+    """What becomes of the guesses of speculative decoding: drafts, guesses, right ones, and these by their place."""
+
+    def __init__(self, drafts: Counter, guesses: Counter, right: Counter, right_by_place: list[Counter]) -> None:
+        self._drafts, self._guesses, self._right, self._right_by_place = drafts, guesses, right, right_by_place
+        self._seen = DraftStats(num_drafts=0, num_draft_tokens=0, num_accepted_tokens_per_pos=())
+
+    def take(self, stats: DraftStats) -> None:
+        """Take what the scheduler has counted since the start."""
+        seen, self._seen = self._seen, stats
+        if stats.num_drafts == seen.num_drafts:
+            return
+        self._drafts.inc(stats.num_drafts - seen.num_drafts)
+        self._guesses.inc(stats.num_draft_tokens - seen.num_draft_tokens)
+        now, before = stats.num_accepted_tokens_per_pos, seen.num_accepted_tokens_per_pos
+        self._right.inc(sum(now) - sum(before))
+        for place, right in enumerate(now):
+            self._right_by_place[place].inc(right - (before[place] if place < len(before) else 0))
 
 
 def _http_metrics(registry: CollectorRegistry) -> tuple[Counter, Histogram]:

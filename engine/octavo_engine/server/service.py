@@ -57,7 +57,13 @@ class Service(Front):
     """
 
     def __init__(self, config: ServerConfig, location: Location, hub: Hub, spawn: Spawn = transport.spawn) -> None:
-        super().__init__(config, Metrics(config.engine.served_model_names[0], old_names=config.old_metrics))
+        engine = config.engine
+        metrics = Metrics(
+            engine.served_model_names[0],
+            old_names=config.old_metrics,
+            num_speculative_tokens=engine.num_speculative_tokens,
+        )
+        super().__init__(config, metrics)
         self.location = location
         self.is_ready = asyncio.Event()
         self._hub = hub

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from octavo_engine.messages import AddRequest
 from octavo_engine.plan import RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.speculation import Speculation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from octavo_engine.speculation import Proposer
 
 EOS = 0
 NUM_TOKEN_IDS = 24  # small, so that EOS comes up by itself
@@ -62,39 +69,48 @@ class FakeRunner:
             self.store(request)
         for request in plan.requests:
             self.check(request)
-        return StepResult(
-            plan.step, tuple(self.sample(r, choice) for r in plan.requests if r.needs_token for choice in r.choices)
-        )
+        return StepResult(plan.step, tuple(row for r in plan.requests if r.needs_token for row in self.sample(r)))
 
     def store(self, request: ScheduledRequest) -> None:
-        """Write the KV of the step's tokens."""
+        """Write the KV of the step's tokens, guesses at the end included."""
         sequence = self.sequences[name(request.request_id, request.choice)]
         start, end = request.num_computed_tokens, request.num_computed_tokens + len(request.token_ids)
-        assert request.token_ids == sequence[start:end]
-        assert request.needs_token == (end == len(sequence))
+        assert request.token_ids[: len(request.token_ids) - request.num_proposed] == sequence[start:end]
+        assert request.needs_token == (end - request.num_proposed == len(sequence))
         self.num_computed += end - start
         for position in range(start, end):
             failing = request.request_id in self.failing
-            self.slots[self.slot(request, position)] = None if failing else sequence[: position + 1]
+            self.slots[self.slot(request, position)] = None if failing else self.context(request)[: position + 1]
 
     def check(self, request: ScheduledRequest) -> None:
         """Read, after all have written, what attention reads."""
         if request.request_id not in self.failing:
-            sequence = self.sequences[name(request.request_id, request.choice)]
-            for position in range(request.num_computed_tokens + len(request.token_ids)):
-                assert self.slots[self.slot(request, position)] == sequence[: position + 1], (
+            context = self.context(request)
+            for position in range(len(context)):
+                assert self.slots[self.slot(request, position)] == context[: position + 1], (
                     f"{request.request_id} reads another's KV at {position}"
                 )
 
-    def sample(self, request: ScheduledRequest, choice: int) -> RequestResult:
-        """The token after what the request's block table holds."""
+    def context(self, request: ScheduledRequest) -> tuple[int, ...]:
+        """All tokens of a request up to the last one of the step, which may be a guess."""
+        before = self.sequences[name(request.request_id, request.choice)][: request.num_computed_tokens]
+        return before + request.token_ids
+
+    def sample(self, request: ScheduledRequest) -> list[RequestResult]:
+        """The tokens after what the request's block table holds: of each choice, then after each guess."""
         if request.request_id in self.failing:
-            return RequestResult(error="logits are NaN")
-        context = self.slots[self.slot(request, request.num_computed_tokens + len(request.token_ids) - 1)]
-        assert context is not None
-        token_id = next_token(context, choice)
-        self.sequences[name(request.request_id, choice)] = (*context, token_id)
-        return RequestResult(token_id=token_id)
+            return [RequestResult(error="logits are NaN")] * request.num_results
+        context = self.context(request)
+        newest = context[: len(context) - request.num_proposed]
+        drawn = [next_token(newest, choice) for choice in request.choices]
+        for choice, token_id in zip(request.choices, drawn, strict=True):
+            self.sequences[name(request.request_id, choice)] = (*newest, token_id)
+        for end in range(len(newest) + 1, len(context) + 1):
+            drawn.append(next_token(context[:end], request.choice))
+            key = name(request.request_id, request.choice)
+            if self.sequences[key] == context[:end]:
+                self.sequences[key] += (drawn[-1],)
+        return [RequestResult(token_id=token_id) for token_id in drawn]
 
     def slot(self, request: ScheduledRequest, position: int) -> int:
         """Where a position's KV is kept."""
@@ -105,6 +121,27 @@ def answer(plan: StepPlan) -> StepResult:
     """The same token to everyone, without looking: for long runs."""
     num_results = sum(len(request.choices) for request in plan.requests if request.needs_token)
     return StepResult(plan.step, (RequestResult(token_id=1),) * num_results)
+
+
+class Oracle:
+    """Guesses what the "model" draws for a first choice; one of `wrong_one_in`, if that is not 0, is wrong."""
+
+    def __init__(self, num_guesses: int, wrong_one_in: int = 0) -> None:
+        self.num_guesses, self.wrong_one_in = num_guesses, wrong_one_in
+        self.num_right: list[int] = []
+
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """See Proposer."""
+        guesses: list[int] = []
+        for _ in range(min(most, self.num_guesses)):
+            context = (*token_ids, *guesses)
+            is_wrong = self.wrong_one_in and sum(context) % self.wrong_one_in == 0
+            guesses.append((next_token(context) + bool(is_wrong)) % NUM_TOKEN_IDS)
+        return guesses
+
+    def learn(self, num_accepted: int) -> None:
+        """See Proposer."""
+        self.num_right.append(num_accepted)
 
 
 class Engine:
@@ -120,6 +157,7 @@ class Engine:
         max_num_batched_tokens: int = 16,
         enable_prefix_caching: bool = True,
         paces_prefills: bool = False,
+        make_proposer: Callable[[], Proposer] | None = None,
     ) -> None:
         self.max_model_len = max_model_len or num_blocks * block_size
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -132,6 +170,7 @@ class Engine:
             eos_token_ids=frozenset({EOS}),
             enable_prefix_caching=enable_prefix_caching,
             paces_prefills=paces_prefills,
+            speculation=None if make_proposer is None else Speculation(make_proposer),
         )
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size)
         self.outputs: dict[str, tuple[int, ...]] = {}

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.engine.scheduling.conftest import NUM_TOKEN_IDS, Engine, name
+from tests.engine.scheduling.conftest import NUM_TOKEN_IDS, Engine, Oracle, name
 
 from octavo_engine.plan import SamplingParams
 
@@ -34,6 +34,8 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         num_spare_tokens=st.sampled_from([0, 0, 1, 4, 12]),
         enable_prefix_caching=st.sampled_from([True, True, False]),
+        num_guesses=st.sampled_from([0, 1, 2, 5]),
+        wrong_one_in=st.sampled_from([0, 2, 5]),
     )
     def start(
         self,
@@ -43,6 +45,8 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         max_num_seqs: int,
         num_spare_tokens: int,
         enable_prefix_caching: bool,
+        num_guesses: int,
+        wrong_one_in: int,
     ) -> None:
         """Start an engine whose longest request fills the whole pool."""
         self.max_num_seqs = max_num_seqs
@@ -52,6 +56,7 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + num_spare_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            make_proposer=(lambda: Oracle(num_guesses, wrong_one_in)) if num_guesses else None,
         )
         self.num_added = 0
         self.longest: dict[str, int] = {}  # living choices: most tokens that each can have

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from octavo_engine.messages import EngineFacts, SchedulerStats
+from octavo_engine.messages import DraftStats, EngineFacts, SchedulerStats
 from octavo_engine.server.metrics import OLD_NAMES, Metrics
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ def values_of(text: str) -> dict[str, float]:
     return values
 
 
-def stats(**changes: int) -> SchedulerStats:
-    idle = dict.fromkeys(SchedulerStats.__struct_fields__, 0)
-    return SchedulerStats(**(idle | {"num_blocks": 10} | changes))
+def stats(drafts: DraftStats | None = None, **changes: int) -> SchedulerStats:
+    idle = dict.fromkeys(set(SchedulerStats.__struct_fields__) - {"drafts"}, 0)
+    return SchedulerStats(**(idle | {"num_blocks": 10} | changes), drafts=drafts)
 
 
 # vLLM 0.33's families with their labels besides model_name and engine, and a part of the histograms' buckets. Not here
-# are those that it has only where a feature is on that this engine lacks: LoRA, speculation, sampled life of KV blocks.
+# are those that it has only where a feature is on that this engine lacks: LoRA, sampled life of KV blocks.
 VLLM: Final[dict[str, tuple[str, set[str], tuple[float, ...]]]] = {
     "num_requests_running": ("gauge", set(), ()),
     "num_requests_waiting": ("gauge", set(), ()),
@@ -80,16 +80,23 @@ VLLM: Final[dict[str, tuple[str, set[str], tuple[float, ...]]]] = {
     "request_num_preemptions": ("histogram", set(), (1, 2, 5)),
     "iteration_tokens_total": ("histogram", set(), (1, 8, 512, 16384)),
 }
+# Those that it has with speculative decoding alone.
+SPECULATION: Final[dict[str, tuple[str, set[str], tuple[float, ...]]]] = {
+    "spec_decode_num_drafts": ("counter", set(), ()),
+    "spec_decode_num_draft_tokens": ("counter", set(), ()),
+    "spec_decode_num_accepted_tokens": ("counter", set(), ()),
+    "spec_decode_num_accepted_tokens_per_pos": ("counter", {"position"}, ()),
+}
 
 
 def families_of(text: str) -> dict[str, Metric]:
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
-@pytest.mark.parametrize("name", VLLM)
+@pytest.mark.parametrize("name", VLLM | SPECULATION)
 def test_every_family_of_vllm_is_there_with_its_type_labels_and_buckets(name: str) -> None:
-    kind, labels, buckets = VLLM[name]
-    metrics = Metrics("fake")
+    kind, labels, buckets = (VLLM | SPECULATION)[name]
+    metrics = Metrics("fake", num_speculative_tokens=2)
     metrics.on_ready(FACTS)
     family = families_of(metrics.render().decode())[f"vllm:{name}"]
     assert family.type == kind
@@ -221,6 +228,32 @@ def test_the_prefix_caches_counters_are_those_of_the_scheduler() -> None:
     values = values_of(metrics.render().decode())
     assert values["vllm:prefix_cache_queries_total"] == 100
     assert values["vllm:prefix_cache_hits_total"] == 32
+
+
+def test_the_counters_of_speculation_are_those_of_the_scheduler_by_place_in_the_draft() -> None:
+    metrics = Metrics("fake", num_speculative_tokens=3)
+    metrics.on_step(stats(drafts(4, 9, (3, 1))), num_tokens=0)
+    metrics.on_step(stats(drafts(4, 9, (3, 1))), num_tokens=0)
+    metrics.on_step(stats(drafts(6, 15, (5, 2, 1))), num_tokens=0)
+    told = {
+        name.removeprefix("vllm:spec_decode_num_"): value
+        for name, value in values_of(metrics.render().decode()).items()
+        if "spec_decode" in name
+    }
+    assert told == {
+        "drafts_total": 6,
+        "draft_tokens_total": 15,
+        "accepted_tokens_total": 8,
+        "accepted_tokens_per_pos_total{position=0}": 5,
+        "accepted_tokens_per_pos_total{position=1}": 2,
+        "accepted_tokens_per_pos_total{position=2}": 1,
+    }
+
+
+def drafts(num_drafts: int, num_draft_tokens: int, right_by_place: tuple[int, ...]) -> DraftStats:
+    return DraftStats(
+        num_drafts=num_drafts, num_draft_tokens=num_draft_tokens, num_accepted_tokens_per_pos=right_by_place
+    )
 
 
 def test_tokens_that_came_together_share_their_time() -> None:
