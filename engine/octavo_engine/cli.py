@@ -75,6 +75,8 @@ def _serve(options: argparse.Namespace) -> None:
         for name in ("served_model_name", "revision", "tokenizer", "profiles"):
             if getattr(options, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for one model: give it, or leave the option out")
+        if options.speculative_config is not None and options.speculative_config.model is not None:
+            raise ConfigError("--speculative-config: 'model' is for one model: give it, or use the method \"ngram\"")
         engine = EngineConfig(**(_engine_options(options) | {"model": _store(), "served_model_names": ()}))
         serve_many(_server_config(options, engine, LOCAL_ADDRESS), _store(), _hub(os.environ))
         return
@@ -363,6 +365,12 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _engine_config(options: argparse.Namespace, location: Location, names: tuple[str, ...]) -> EngineConfig:
     given = _engine_options(options) | {"model": location.path, "served_model_names": names}
+    speculation = given.get("speculative_config")
+    if speculation is not None and speculation.model is not None:
+        draft = _locate(str(speculation.model), None)
+        if draft.is_missing:
+            raise ConfigError(f"--speculative-config: 'model': pull it first: octavo pull {speculation.model}")
+        given["speculative_config"] = replace(speculation, model=draft.model)
     return location.configure(EngineConfig(**given))
 
 

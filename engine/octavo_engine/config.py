@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path  # noqa: TC003 - msgspec resolves annotations at run time
+from pathlib import Path
 from typing import Final, Literal
 
 from octavo_engine.errors import ConfigError
@@ -25,20 +25,22 @@ DEFAULT_QUEUED_PER_RUNNING = 4
 
 _DEFAULT_LOOKUP: Final = 5  # tokens; vLLM's
 _MAX_LOOKUP: Final = 16  # tokens; each length has an index of its own
+_LOOKUP_KEYS: Final = ("prompt_lookup_min", "prompt_lookup_max")
 _SPECULATION: Final = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculativeConfig:
-    """Speculative decoding by what followed the same tokens before: vLLM's method "ngram", its names and defaults."""
+    """Speculative decoding by guesses of a draft model, or of what followed the same tokens before: vLLM's "ngram"."""
 
     num_speculative_tokens: int  # most guesses that a request has in a step
-    prompt_lookup_min: int  # the shortest run of tokens that is looked for
-    prompt_lookup_max: int  # the longest one, which is looked for first
+    model: Path | None = None  # of the draft; None: prompt lookup
+    prompt_lookup_min: int = _DEFAULT_LOOKUP  # the shortest run of tokens that is looked for
+    prompt_lookup_max: int = _DEFAULT_LOOKUP  # the longest one, which is looked for first
 
     @classmethod
     def from_json(cls, text: str) -> SpeculativeConfig:
-        """Read the value of --speculative-config.
+        """Read the value of --speculative-config; `model` is as the user wrote it.
 
         Raises:
             ConfigError: it is not as it must be; names the key.
@@ -49,28 +51,29 @@ class SpeculativeConfig:
             given = None
         if not isinstance(given, dict):
             raise ConfigError(f"{text!r} is not a JSON object such as {_SPECULATION}")
-        if "model" in given:
-            raise ConfigError(f"'model': draft models are not supported; write {_SPECULATION}")
-        if given.get("method") not in ("ngram", "[ngram]"):
+        method = given.get("method", "draft_model" if "model" in given else None)
+        if method not in ("ngram", "[ngram]", "draft_model"):
             raise ConfigError(
-                f"'method' is {given.get('method')!r}: \"ngram\" alone is supported; write {_SPECULATION}"
+                f'\'method\' is {method!r}: "ngram" and "draft_model" are supported, as in {_SPECULATION}'
             )
-        known = ("method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
+        is_draft = method == "draft_model"
+        known = ("method", "num_speculative_tokens", *(("model",) if is_draft else _LOOKUP_KEYS))
         if unknown := sorted(given.keys() - set(known)):
-            raise ConfigError(f"{unknown[0]!r} is not supported; there are {', '.join(known)}")
-        longest = _whole(given, "prompt_lookup_max", given.get("prompt_lookup_min", _DEFAULT_LOOKUP), _MAX_LOOKUP)
-        shortest = _whole(given, "prompt_lookup_min", longest, _MAX_LOOKUP)
+            raise ConfigError(f"{unknown[0]!r} is not supported; with {method!r} there are {', '.join(known)}")
+        num_guesses = _whole(given, "num_speculative_tokens", None)
+        if is_draft:
+            if not isinstance(given.get("model"), str) or not given["model"]:
+                raise ConfigError("'model' must name the draft model: a file, a folder or a name from `octavo list`")
+            return cls(num_speculative_tokens=num_guesses, model=Path(given["model"]))
+        lengths = [_whole(given, key, _MAX_LOOKUP) for key in _LOOKUP_KEYS if key in given] or [_DEFAULT_LOOKUP]
+        shortest, longest = lengths[0], lengths[-1]
         if shortest > longest:
             raise ConfigError(f"'prompt_lookup_min' {shortest} is more than 'prompt_lookup_max' {longest}")
-        return cls(
-            num_speculative_tokens=_whole(given, "num_speculative_tokens", None, None),
-            prompt_lookup_min=shortest,
-            prompt_lookup_max=longest,
-        )
+        return cls(num_speculative_tokens=num_guesses, prompt_lookup_min=shortest, prompt_lookup_max=longest)
 
 
-def _whole(given: dict[str, object], key: str, default: object, most: int | None) -> int:
-    value = given.get(key, default)
+def _whole(given: dict[str, object], key: str, most: int | None) -> int:
+    value = given.get(key)
     if type(value) is not int or value < 1 or (most is not None and value > most):
         bounds = "of at least 1" if most is None else f"from 1 to {most}"
         raise ConfigError(f"{key!r} must be a whole number {bounds}{f', not {value!r}' if key in given else ''}")

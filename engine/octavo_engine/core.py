@@ -33,7 +33,7 @@ from octavo_engine.messages import (
 from octavo_engine.planning import plan_ahead
 from octavo_engine.process import bind_to_parent
 from octavo_engine.scheduler import Scheduler
-from octavo_engine.speculation import LookupProposer, Speculation
+from octavo_engine.speculation import DraftProposer, LookupProposer, Speculation
 from octavo_engine.structured.pending import PendingGrammars
 from octavo_engine.transport import EngineChannel, config_from_json
 
@@ -186,8 +186,10 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
 
 def speculation_of(config: EngineConfig) -> Speculation | None:
     """What the scheduler has guesses from."""
-    lookup = config.speculative_config
-    return None if lookup is None else Speculation(lambda: LookupProposer(lookup))
+    wanted = config.speculative_config
+    if wanted is None:
+        return None
+    return Speculation(lambda: LookupProposer(wanted) if wanted.model is None else DraftProposer(wanted))
 
 
 def load_compiler(path: Path, eos_token_ids: frozenset[int]) -> Compiler:

@@ -8,7 +8,7 @@ a test by hand. What of a plan concerns the other ranks of a model is sent to th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
@@ -53,6 +53,9 @@ class SamplingParams:
         return self.has_penalties or self.min_tokens > 0
 
 
+TO_BE_DRAFTED: Final = -1  # in the place of a guess: the runner's draft model is to make it
+
+
 class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step.
 
@@ -70,7 +73,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     num_prompt_tokens: int = 0  # of all tokens of the request
     past: PastTokens | None = None  # set if sampling.looks_back; by reference, so it is read before the step's update()
     grammar: Grammar | None = None  # set if sampling.grammar; by reference too
-    num_proposed: int = 0  # of token_ids, the last ones: guesses at what comes after the newest token; n is 1 then
+    num_proposed: int = 0  # of token_ids, the last ones: guesses at what comes next, or TO_BE_DRAFTED; n is 1 then
 
     @property
     def proposed(self) -> tuple[int, ...]:
@@ -139,6 +142,7 @@ class StepResult:
 
     step: int
     results: tuple[RequestResult, ...]  # in the order of the plan: as many for each request as its num_results
+    drafted: tuple[tuple[int, ...], ...] = ()  # guesses of the requests whose guesses were TO_BE_DRAFTED, in order
 
 
 class Runner(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from octavo_engine import resources, sizing
@@ -16,7 +16,7 @@ from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, cache_dtype
 from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError, HeadsNotDivisible, TensorParallelInvalid, UserError
 from octavo_engine.models.checkpoint import read_checkpoint
-from octavo_engine.sizing import Memory, MemoryPlan, in_mib
+from octavo_engine.sizing import DraftSizes, Memory, MemoryPlan, in_mib
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,6 +92,7 @@ class Plan:
     native: Compute | None  # what the C++ decoder computes in; None: torch computes
     num_devices: int
     memory: MemoryPlan  # of each device
+    draft: Plan | None = None  # of a model that guesses for it; `memory` is of both
 
     @property
     def cache_dtype(self) -> str:
@@ -116,6 +117,7 @@ class Plan:
             "blockSize": memory.block_size,
             "blocks": memory.num_blocks,
             "maxModelLen": memory.max_model_len,
+            **({} if self.draft is None else {"draftModel": self.draft.model.name}),
         }
 
     def describe(self) -> str:
@@ -127,7 +129,7 @@ class Plan:
             memory.process_bytes + memory.margin_bytes + memory.weight_bytes + memory.work_bytes + memory.kv_bytes
         )
         kv = f"{memory.num_blocks:,} blocks of {memory.block_size} tokens of {memory.kv_bytes_per_token:,} bytes"
-        rows = (
+        rows = [
             ("model", f"{checkpoint.architecture}, {parameters:,.1f} M parameters, {model.quantization}"),
             ("device", f"{_devices(self.device, self.num_devices)} in {self.dtype}, KV cache in {self.cache_dtype}"),
             ("available", in_mib(memory.available_bytes) + _each(self.num_devices)),
@@ -140,7 +142,13 @@ class Plan:
             ("longest context", f"{memory.max_model_len:,} tokens of {model.spec.max_context:,}"),
             ("cached at once", f"{tokens:,} tokens, {tokens / memory.max_model_len:.1f} of the longest requests"),
             ("tensor parallel", f"over {_sizes(model.tensor_parallel_sizes)} devices"),
-        )
+        ]
+        if self.draft is not None:
+            checkpoint = self.draft.model.checkpoint
+            told = (
+                f"{self.draft.model.name}, {checkpoint.num_parameters / 1e6:,.1f} M parameters, in {self.draft.dtype}"
+            )
+            rows.append(("draft model", told))
         return "\n".join((model.name, *(f"  {name:16}  {value}" for name, value in rows)))
 
 
@@ -180,11 +188,13 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: Compute
     try:
         check_parallelism(model, config)
         _refuse_contradictions(model, config, device)
-        divided = sizing.plan_memory(model.spec, model.tensors, config, dtype=dtype, memory=memory)
+        draft = _read_draft(model, config, dtype=dtype, native=memory.native)
+        sizes = None if draft is None else draft[1]
+        divided = sizing.plan_memory(model.spec, model.tensors, config, dtype=dtype, memory=memory, draft=sizes)
     except UserError as error:
         error.facts = model.facts() | error.facts
         raise
-    return Plan(
+    plan = Plan(
         model=model,
         device=device,
         dtype=dtype,
@@ -192,6 +202,9 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: Compute
         num_devices=config.tensor_parallel_size,
         memory=divided,
     )
+    if draft is None:
+        return plan
+    return replace(plan, draft=replace(plan, model=draft[0], dtype=draft[1].dtype, native=draft[1].native))
 
 
 def plan_for_cpu(model: Model, config: EngineConfig, *, processes: tuple[int, ...]) -> Plan:
@@ -281,6 +294,46 @@ def _refuse_contradictions(model: Model, config: EngineConfig, device: str) -> N
             f"--gpu-memory-utilization {config.gpu_memory_utilization:g}: the device is a CPU; "
             "use --kv-cache-memory-bytes"
         )
+
+
+def _read_draft(
+    model: Model, config: EngineConfig, *, dtype: ComputeDType, native: Compute | None
+) -> tuple[Model, DraftSizes] | None:
+    """The draft model that the options ask for, if they do; dtype and native are those of `model`.
+
+    Raises:
+        ConfigError: it cannot guess for `model`.
+        ModelNotFound, ModelInvalid, ModelUnsupported: it is no model that this engine can run.
+    """
+    path = None if config.speculative_config is None else config.speculative_config.model
+    if path is None:
+        return None
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"--speculative-config: 'model': a draft model cannot be split over --tensor-parallel-size "
+            f'{config.tensor_parallel_size} devices: use the method "ngram"'
+        )
+    draft = read_model(path)
+    if draft.spec.vocab_size != model.spec.vocab_size or _tokens(draft) != _tokens(model):
+        raise ConfigError(
+            f"--speculative-config: 'model': the {draft.spec.vocab_size:,} tokens of {draft.name} are not the "
+            f"{model.spec.vocab_size:,} of {model.name}: a draft model must have the same vocabulary"
+        )
+    if draft.spec.max_context < (config.max_model_len or model.spec.max_context):
+        raise ConfigError(
+            f"--speculative-config: 'model': {draft.name} was trained for {draft.spec.max_context} tokens: use "
+            f"--max-model-len {draft.spec.max_context} or another one"
+        )
+    own = dtype if native is None else choose_cpu_dtype(draft, config, has_library=True)
+    own_native = own if native is not None and own != "float16" else None
+    return draft, DraftSizes(spec=draft.spec, tensors=draft.tensors, dtype=own, native=own_native)
+
+
+def _tokens(model: Model) -> tuple[bytes, ...]:
+    """What each token stands for."""
+    from octavo_engine.text.load import load_tokenizer  # noqa: PLC0415 - for those who have a draft model
+
+    return load_tokenizer(model.checkpoint.path).token_bytes
 
 
 def _devices(device: str, number: int) -> str:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from octavo_engine.past import PastTokens
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from octavo_engine.grammar import Grammar
     from octavo_engine.messages import FinishReason
     from octavo_engine.plan import SamplingParams
@@ -105,9 +107,12 @@ class Request:
         return [self, *others]
 
     def guess(self, most: int) -> tuple[int, ...]:
-        """Guesses at the tokens that come next, at most so many. None would end this: it is drawn as well unguessed."""
+        """Guesses at the tokens that come next, at most so many."""
         assert self.proposer is not None
-        guesses = self.proposer.propose(self.token_ids, most)
+        return self.before_end(self.proposer.propose(self.token_ids, most))
+
+    def before_end(self, guesses: Sequence[int]) -> tuple[int, ...]:
+        """Guesses up to one that would end this, which is drawn as well without being guessed."""
         return tuple(takewhile(lambda token_id: token_id not in self.stop_token_ids, guesses))
 
     def append(self, token_id: int) -> FinishReason | None:

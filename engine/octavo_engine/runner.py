@@ -19,6 +19,7 @@ from octavo_engine import device as devices
 from octavo_engine import planning, resources, sampler
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
+from octavo_engine.draft import Drafter
 from octavo_engine.messages import EngineFacts
 from octavo_engine.plan import LoadedModel, RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
 from octavo_engine.ranks import Ranks
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from octavo_engine.config import EngineConfig
-    from octavo_engine.cpu.compute import Compute
-    from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.planning import Model, Plan
     from octavo_engine.sampler import Draw
     from octavo_engine.sizing import MemoryPlan
@@ -44,13 +43,17 @@ _WARM_UP_TOKENS = 64  # enough to use every kernel
 class ModelRunner:
     """Computes StepPlans. The KV cache inside is addressed by the plans' block ids alone."""
 
-    def __init__(self, steps: Steps, *, seed: int) -> None:
-        """Take a loaded model, and the seed of requests that bring none."""
+    def __init__(self, steps: Steps, *, seed: int, drafter: Drafter | None = None) -> None:
+        """Take a loaded model, the seed of requests that bring none, and a draft model if plans want its guesses."""
         self._steps = steps
         self._seed = seed
+        self._drafter = drafter
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and draw the tokens that it asks for."""
+        drafted: tuple[tuple[int, ...], ...] = ()
+        if self._drafter is not None:
+            plan, drafted = self._drafter.complete(plan)
         asking = [request for request in plan.requests if request.needs_token]
         draws = [draw for request in asking for draw in sampler.draws_for(request, self._seed)]
         states: torch.Tensor | None = None
@@ -65,7 +68,7 @@ class ModelRunner:
             results = [self._sample_alone(logits[row : row + 1], draw) for row, draw in enumerate(draws)]
         if states is not None:
             results = _with_states(results, plan, states)
-        return StepResult(plan.step, tuple(results))
+        return StepResult(plan.step, tuple(results), drafted)
 
     @torch.inference_mode()
     def _logits(self, plan: StepPlan, states: torch.Tensor | None) -> torch.Tensor:
@@ -146,21 +149,19 @@ def load_runner(
     num_threads = max(1, resources.num_threads() // plan.num_devices)
     torch.set_num_threads(num_threads)
 
-    def on_bytes(done: int, total: int) -> None:
-        on_progress("Loading", done, total)
+    def loading(phase: str) -> Callable[[int, int], None]:
+        return lambda done, total: on_progress(phase, done, total)
 
     steps: Steps
     ranks: Ranks | None = None
-    if plan.native is not None:
-        steps = _native_steps(checkpoint, memory, plan.native, num_threads, on_bytes)
-    elif plan.num_devices > 1:
+    if plan.num_devices > 1:
         ranks = Ranks(plan.num_devices, devices.of_rank(device.type, 0))
         dtype = devices.torch_dtype(plan.dtype)
-        steps = ranks.load(checkpoint, memory, dtype=dtype, num_threads=num_threads, on_progress=on_bytes)
+        steps = ranks.load(checkpoint, memory, dtype=dtype, num_threads=num_threads, on_progress=loading("Loading"))
     else:
-        dtype = devices.torch_dtype(plan.dtype)
-        steps = load_torch_steps(checkpoint, memory, dtype=dtype, device=device, on_progress=on_bytes)
-    runner = ModelRunner(steps, seed=config.seed)
+        steps = _load_steps(plan, num_threads, loading("Loading"))
+    drafter = Drafter(_load_steps(plan.draft, num_threads, loading("LoadingDraft"))) if plan.draft else None
+    runner = ModelRunner(steps, seed=config.seed, drafter=drafter)
     on_progress("Warmup", 0, 1)
     _warm_up(runner, config, memory)
     on_progress("Warmup", 1, 1)
@@ -185,13 +186,12 @@ def _plan(model: Model, config: EngineConfig, device: torch.device) -> Plan:
     return planning.make_plan(model, config, device=device.type, dtype=devices.choose_gpu_dtype(config), memory=memory)
 
 
-def _native_steps(
-    checkpoint: Checkpoint,
-    memory: MemoryPlan,
-    compute: Compute,
-    num_threads: int,
-    on_progress: Callable[[int, int], None],
-) -> CpuDecoder:
+def _load_steps(plan: Plan, num_threads: int, on_progress: Callable[[int, int], None]) -> Steps:
+    """Load the plan's model on one device."""
+    checkpoint, memory = plan.model.checkpoint, plan.memory
+    if plan.native is None:
+        dtype, device = devices.torch_dtype(plan.dtype), torch.device(plan.device)
+        return load_torch_steps(checkpoint, memory, dtype=dtype, device=device, on_progress=on_progress)
     library = best_library()
     assert library is not None, "the plan is for it"
     weights = WeightSource(checkpoint, on_progress=on_progress)
@@ -199,7 +199,7 @@ def _native_steps(
         library,
         checkpoint.spec,
         weights,
-        compute=compute,
+        compute=plan.native,
         num_positions=memory.max_model_len,
         num_blocks=memory.num_blocks,
         block_size=memory.block_size,

@@ -60,7 +60,7 @@ from msgspec.structs import replace
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.kvcache.manager import KVCacheManager
 from octavo_engine.messages import RequestUpdate, SchedulerStats
-from octavo_engine.plan import ScheduledRequest, StepPlan
+from octavo_engine.plan import TO_BE_DRAFTED, ScheduledRequest, StepPlan
 from octavo_engine.request import Request, RequestStatus
 from octavo_engine.speculation import count_right
 
@@ -206,12 +206,12 @@ class Scheduler:
         return StepPlan(self._step, tuple(scheduled), tuple(self._copies)) if scheduled else None
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
-        """Take in what a step computed and sampled; one update for each result."""
+        """Take in what a step computed and sampled; one update for each choice that a token was drawn for."""
         assert result.step == plan.step == self._step, "steps are taken back in order"
         self._step += 1
         block_size = self._kv.block_size
         updates: list[RequestUpdate] = []
-        results = iter(result.results)
+        results, drafted = iter(result.results), iter(result.drafted)
         num_ended = self._num_ended
         for request, scheduled in zip(self._in_step, plan.requests, strict=True):
             request.num_computed_tokens += len(scheduled.token_ids) - scheduled.num_proposed
@@ -220,7 +220,8 @@ class Scheduler:
             row = next(results)
             accepted: Sequence[RequestResult] = ()
             if scheduled.num_proposed:
-                *accepted, row = self._accept(request, scheduled, [row, *islice(results, scheduled.num_proposed)])
+                proposed = scheduled.proposed if scheduled.proposed[0] != TO_BE_DRAFTED else next(drafted)
+                *accepted, row = self._accept(request, proposed, [row, *islice(results, len(proposed))])
             if row.error is None and request.num_computed_tokens - request.num_offered_tokens >= block_size:
                 self._offer_blocks(request)
             if request.num_choices == 1:
@@ -379,18 +380,18 @@ class Scheduler:
                 budget -= len(guesses)
                 scheduled[place] = _share(request, (request.token_ids[-1], *guesses), True, len(guesses))
 
-    def _accept(self, request: Request, scheduled: ScheduledRequest, rows: list[RequestResult]) -> list[RequestResult]:
+    def _accept(self, request: Request, proposed: tuple[int, ...], rows: list[RequestResult]) -> list[RequestResult]:
         """Take in the guesses that were drawn, and return their rows with the one after them, the next to be taken."""
         assert self._speculation is not None
         assert request.proposer is not None
-        num_right = count_right(scheduled.proposed, rows)
-        for token_id in scheduled.proposed[:num_right]:
+        right = proposed[: count_right(request.before_end(proposed), rows)]
+        for token_id in right:
             finish_reason = request.append(token_id)
-            assert finish_reason is None, "a guess never ends a request"
-        request.num_computed_tokens += num_right
-        request.proposer.learn(num_right)
-        self._speculation.count(scheduled.num_proposed, num_right)
-        return rows[: num_right + 1]
+            assert finish_reason is None, "no guess that is taken ends a request"
+        request.num_computed_tokens += len(right)
+        request.proposer.learn(len(right))
+        self._speculation.count(len(proposed), len(right))
+        return rows[: len(right) + 1]
 
     def _fork(self, request: Request) -> list[Request]:
         """Split a request whose prompt is computed into its choices."""

@@ -95,8 +95,24 @@ class MemoryPlan:
         return self.num_blocks * self.block_size * self.kv_bytes_per_token
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftSizes:
+    """What sizes need to know of a draft model, whose KV cache has as many blocks as the model's."""
+
+    spec: DecoderSpec
+    tensors: Sequence[StoredTensor]
+    dtype: ComputeDType
+    native: Compute | None
+
+
 def plan_memory(
-    spec: DecoderSpec, tensors: Sequence[StoredTensor], config: EngineConfig, *, dtype: ComputeDType, memory: Memory
+    spec: DecoderSpec,
+    tensors: Sequence[StoredTensor],
+    config: EngineConfig,
+    *,
+    dtype: ComputeDType,
+    memory: Memory,
+    draft: DraftSizes | None = None,
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -106,6 +122,7 @@ def plan_memory(
         config: the options; its tensor_parallel_size must be one of `tensor_parallel_sizes`.
         dtype: what is computed in; memory.native where that is set.
         memory: what there is.
+        draft: a draft model beside it, on one device; its part of everything is counted with the model's.
 
     Raises:
         ConfigError: --max-model-len exceeds what the model was trained for.
@@ -120,13 +137,17 @@ def plan_memory(
     share = spec.share(ranks)
     block_size = config.block_size or BLOCK_SIZES[memory.device]
     kv_bytes_per_token = _kv_bytes_per_token(share, dtype, block_size, native=memory.native)
-    block_bytes = block_size * kv_bytes_per_token
     fixed = {
         "process": memory.process_bytes,
         "margin": int(memory.available_bytes * MARGIN),
         "weight": weight_bytes(spec, tensors, dtype, ranks, native=memory.native),
         "work": _work_bytes(share, config, dtype, native=memory.native),
     }
+    if draft is not None:
+        kv_bytes_per_token += _kv_bytes_per_token(draft.spec, draft.dtype, block_size, native=draft.native)
+        fixed["weight"] += weight_bytes(draft.spec, draft.tensors, draft.dtype, ranks, native=draft.native)
+        fixed["work"] += _work_bytes(draft.spec, config, draft.dtype, native=draft.native)
+    block_bytes = block_size * kv_bytes_per_token
     budget = _kv_budget(spec, config, memory, fixed, kv_bytes_per_token)
     affordable_blocks = budget // block_bytes
     affordable_tokens = affordable_blocks * block_size

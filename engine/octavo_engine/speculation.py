@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from octavo_engine.messages import DraftStats
+from octavo_engine.plan import TO_BE_DRAFTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +39,21 @@ class Proposer(Protocol):
 
     def learn(self, num_accepted: int) -> None:
         """Hear how many of the last guesses were right: those before the first that was not."""
+
+
+class DraftProposer:
+    """Leaves it to the runner's draft model to make the guesses: as many each time as there is room for."""
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self._most = config.num_speculative_tokens
+
+    def propose(self, token_ids: Sequence[int], most: int) -> Sequence[int]:
+        """See Proposer."""
+        del token_ids
+        return (TO_BE_DRAFTED,) * min(most, self._most)
+
+    def learn(self, num_accepted: int) -> None:
+        """See Proposer."""
 
 
 class Speculation:

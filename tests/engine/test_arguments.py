@@ -75,8 +75,10 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
         SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=2, prompt_lookup_max=4),
         {
             "ngram": "'ngram' is not a JSON object such as {",
-            '{"model": "small", "num_speculative_tokens": 3}': "'model': draft models are not supported",
-            '{"num_speculative_tokens": 3}': "'method' is None: \"ngram\" alone is supported",
+            '{"num_speculative_tokens": 3}': '\'method\' is None: "ngram" and "draft_model" are supported',
+            '{"model": "", "num_speculative_tokens": 3}': "'model' must name the draft model",
+            '{"method": "draft_model", "num_speculative_tokens": 3}': "'model' must name the draft model",
+            '{"model": "m", "num_speculative_tokens": 3, "prompt_lookup_max": 3}': "'prompt_lookup_max' is not",
             '{"method": "eagle3", "num_speculative_tokens": 3}': "'method' is 'eagle3'",
             '{"method": "ngram"}': "'num_speculative_tokens' must be a whole number of at least 1",
             '{"method": "ngram", "num_speculative_tokens": true}': "at least 1, not True",
@@ -156,6 +158,11 @@ def test_a_bad_command_line_is_refused_by_name(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in refusal(capsys, *arguments)
+
+
+def test_a_draft_model_is_taken_by_its_name() -> None:
+    options = parse("serve", "m", "--speculative-config", '{"model": "smollm2", "num_speculative_tokens": 5}')
+    assert options.speculative_config == SpeculativeConfig(num_speculative_tokens=5, model=Path("smollm2"))
 
 
 def test_several_served_names_and_auto_are_taken() -> None:

@@ -17,6 +17,7 @@ from octavo_engine.models.spec import DecoderSpec, Rope
 from octavo_engine.sizing import (
     MAX_CPU_KV_BYTES,
     TYPICAL_REQUEST_TOKENS,
+    DraftSizes,
     Memory,
     MemoryPlan,
     plan_memory,
@@ -130,6 +131,17 @@ def test_each_guess_needs_logits_of_its_own_as_far_as_a_step_has_room() -> None:
     assert with_guesses.work_bytes - without.work_bytes == 64 * 3 * 49152 * 20
     full = plan(24 * GIB, max_num_seqs=64, max_num_batched_tokens=64, speculative_config=guesses)
     assert full.work_bytes == plan(24 * GIB, max_num_seqs=64, max_num_batched_tokens=64).work_bytes
+
+
+def test_a_draft_model_takes_its_part_of_everything() -> None:
+    config = EngineConfig(model=Path("m.gguf"), served_model_names=("m",), speculative_config=None)
+    memory = Memory(device="cpu", available_bytes=24 * GIB, process_bytes=PROCESSES, native=None)
+    alone = plan_memory(SMOLLM2, TENSORS, config, dtype="float32", memory=memory)
+    draft = DraftSizes(spec=SMOLLM2, tensors=TENSORS, dtype="float32", native=None)
+    together = plan_memory(SMOLLM2, TENSORS, config, dtype="float32", memory=memory, draft=draft)
+    for part in ("weight_bytes", "work_bytes", "kv_bytes_per_token"):
+        assert getattr(together, part) == 2 * getattr(alone, part)
+    assert together.num_blocks == alone.num_blocks
 
 
 def test_half_precision_halves_weights_and_cache() -> None:

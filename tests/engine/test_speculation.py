@@ -16,10 +16,11 @@ from octavo_engine.errors import ConfigError
 from octavo_engine.messages import AddRequest
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.plan import RequestResult, SamplingParams
+from octavo_engine.planning import plan_ahead
 from octavo_engine.runner import ModelRunner, load_runner
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.sizing import MemoryPlan
-from octavo_engine.speculation import LookupProposer, Speculation, count_right
+from octavo_engine.speculation import DraftProposer, LookupProposer, Speculation, count_right
 from octavo_engine.steps import load_torch_steps
 
 if TYPE_CHECKING:
@@ -165,18 +166,40 @@ def lookup() -> Speculation:
     return Speculation(lambda: LookupProposer(EAGER))
 
 
+VOCABULARY = [*map(chr, range(0x21, 0x7F)), "ab", "cd"]  # as many as the tiny model has
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": VOCABULARY,
+    "tokenizer.ggml.token_type": [1] * len(VOCABULARY),
+    "tokenizer.ggml.merges": ["a b", "c d"],
+}
+
+
+def config_of(path: Path, **options: Any) -> EngineConfig:
+    """In C++, where the same token has the same logits bit by bit in any step."""
+    defaults: dict[str, Any] = {"dtype": "float32", "block_size": BLOCK_SIZE, "kv_cache_memory_bytes": 2**22}
+    return EngineConfig(model=path, served_model_names=("tiny",), device="cpu", **defaults | options)
+
+
 @pytest.fixture
 def runner(write_tiny_gguf: Any) -> Runner:
-    """In C++, where the same token has the same logits bit by bit in any step."""
-    config = EngineConfig(
-        model=write_tiny_gguf(),
-        served_model_names=("tiny",),
-        device="cpu",
-        dtype="float32",
-        block_size=BLOCK_SIZE,
-        kv_cache_memory_bytes=2**22,
-    )
-    return load_runner(config, lambda *_: None).runner
+    return load_runner(config_of(write_tiny_gguf()), lambda *_: None).runner
+
+
+def drafted(path: Path) -> SpeculativeConfig:
+    return SpeculativeConfig(num_speculative_tokens=4, model=path)
+
+
+@pytest.fixture
+def write_draft(write_tiny_gguf: Any, tmp_path: Path) -> Any:
+    """Writes a draft model as write_tiny_gguf does, beside what that writes next."""
+
+    def write(**changes: Any) -> Path:
+        path: Path = write_tiny_gguf(metadata=TOKENIZER | changes.get("metadata", {}), tensors=changes.get("tensors"))
+        return path.rename(tmp_path / "draft.gguf")
+
+    return write
 
 
 SAMPLING = st.fixed_dictionaries(
@@ -209,6 +232,19 @@ REQUESTS = st.lists(
 )
 
 
+def messages_of(requests: list[tuple[list[int], int, int, dict[str, Any]]]) -> list[AddRequest]:
+    """What REQUESTS draws."""
+    return [
+        AddRequest(
+            request_id=f"r{number}",
+            prompt_token_ids=tuple(piece * times),
+            sampling=SamplingParams(**sampling),
+            num_choices=num_choices,
+        )
+        for number, (piece, times, num_choices, sampling) in enumerate(requests)
+    ]
+
+
 @given(requests=REQUESTS, num_blocks=st.sampled_from([16, 20, 60]), enable_prefix_caching=st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_request_can_tell_whether_guesses_were_made(
@@ -218,15 +254,7 @@ def test_no_request_can_tell_whether_guesses_were_made(
     *,
     enable_prefix_caching: bool,
 ) -> None:
-    messages = [
-        AddRequest(
-            request_id=f"r{number}",
-            prompt_token_ids=tuple(piece * times),
-            sampling=SamplingParams(**sampling),
-            num_choices=num_choices,
-        )
-        for number, (piece, times, num_choices, sampling) in enumerate(requests)
-    ]
+    messages = messages_of(requests)
     options = {"num_blocks": num_blocks, "enable_prefix_caching": enable_prefix_caching}
     assert run(runner, messages, lookup(), **options)[0] == run(runner, messages, None, **options)[0]
 
@@ -276,3 +304,97 @@ def test_torch_gives_the_same_greedy_tokens_with_guesses(write_tiny_gguf: Any) -
     assert drafts is not None
     assert sum(drafts.num_accepted_tokens_per_pos) > 0
     assert answers == run(ModelRunner(steps, seed=0), messages, None)[0]
+
+
+def greedy_requests() -> list[AddRequest]:
+    return [
+        AddRequest(
+            request_id=f"r{number}",
+            prompt_token_ids=(7, 30, 41, 55, 12, 9, 80, 6, 17)[number % 3 :] * 2,
+            sampling=SamplingParams(max_tokens=30 + number, temperature=0.0, ignore_eos=True),
+            num_choices=3 if number == 2 else 1,
+        )
+        for number in range(6)
+    ]
+
+
+def test_the_model_as_its_own_draft_is_always_right_whoever_had_its_blocks_before(
+    write_tiny_gguf: Any, write_draft: Any
+) -> None:
+    speculation = drafted(write_draft())
+    config = config_of(write_tiny_gguf(metadata=TOKENIZER), speculative_config=speculation)
+    progress: list[str] = []
+    loaded = load_runner(config, lambda phase, *_: progress.append(phase))
+    assert "LoadingDraft" in progress
+    answers, drafts = run(
+        loaded.runner, greedy_requests(), Speculation(lambda: DraftProposer(speculation)), num_blocks=22
+    )
+    assert drafts is not None
+    assert 50 < sum(drafts.num_accepted_tokens_per_pos) == drafts.num_draft_tokens
+    assert answers == run(loaded.runner, greedy_requests(), None, num_blocks=22)[0]
+
+
+@given(requests=REQUESTS, num_blocks=st.sampled_from([16, 20, 60]), enable_prefix_caching=st.booleans())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_request_can_tell_whether_another_model_guessed(
+    drafting: tuple[Runner, SpeculativeConfig],
+    requests: list[tuple[list[int], int, int, dict[str, Any]]],
+    num_blocks: int,
+    *,
+    enable_prefix_caching: bool,
+) -> None:
+    runner, speculation = drafting
+    options = {"num_blocks": num_blocks, "enable_prefix_caching": enable_prefix_caching}
+    messages = messages_of(requests)
+    guessed, _ = run(runner, messages, Speculation(lambda: DraftProposer(speculation)), **options)
+    assert guessed == run(runner, messages, None, **options)[0]
+
+
+def test_another_models_guesses_are_right_and_wrong(drafting: tuple[Runner, SpeculativeConfig]) -> None:
+    runner, speculation = drafting
+    answers, drafts = run(runner, greedy_requests(), Speculation(lambda: DraftProposer(speculation)))
+    assert drafts is not None
+    assert 20 < sum(drafts.num_accepted_tokens_per_pos) < drafts.num_draft_tokens
+    assert answers == run(runner, greedy_requests(), None)[0]
+
+
+@pytest.fixture
+def drafting(write_tiny_gguf: Any, write_draft: Any, tiny_llama: Any) -> tuple[Runner, SpeculativeConfig]:
+    """The tiny model with a draft that is like it, but not quite."""
+    embedding = tiny_llama.state_dict()["model.embed_tokens.weight"]
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    speculation = drafted(write_draft(tensors={"token_embd.weight": embedding + 0.05 * noise}))
+    config = config_of(write_tiny_gguf(metadata=TOKENIZER), speculative_config=speculation)
+    return load_runner(config, lambda *_: None).runner, speculation
+
+
+@pytest.mark.parametrize(
+    ("metadata", "options", "message"),
+    [
+        ({"tokenizer.ggml.tokens": [*VOCABULARY[:-1], "xy"], "tokenizer.ggml.merges": ["a b"]}, {}, "same vocabulary"),
+        ({"llama.context_length": 64}, {}, "trained for 64 tokens: use --max-model-len 64"),
+        ({}, {"tensor_parallel_size": 2}, r"cannot be split over --tensor-parallel-size 2 .* \"ngram\""),
+    ],
+)
+def test_a_draft_model_that_cannot_guess_is_refused_before_a_weight_is_read(
+    write_tiny_gguf: Any, write_draft: Any, metadata: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    speculation = drafted(write_draft(metadata=metadata))
+    config = config_of(write_tiny_gguf(metadata=TOKENIZER), speculative_config=speculation, **options)
+    progress: list[str] = []
+    with pytest.raises(ConfigError, match=message):
+        load_runner(config, lambda phase, *_: progress.append(phase))
+    assert progress == []
+
+
+def test_a_draft_model_is_in_the_plan(write_tiny_gguf: Any, write_draft: Any) -> None:
+    speculation = drafted(write_draft())
+    path = write_tiny_gguf(metadata=TOKENIZER)
+    plan = plan_ahead(config_of(path, speculative_config=speculation))
+    alone = plan_ahead(config_of(path))
+    assert plan is not None
+    assert alone is not None
+    assert plan.memory.kv_bytes_per_token == 2 * alone.memory.kv_bytes_per_token
+    assert plan.memory.weight_bytes == 2 * alone.memory.weight_bytes
+    assert "draft.gguf, 0.1 M parameters, in float32" in plan.describe()
+    assert plan.facts()["draftModel"] == "draft.gguf"

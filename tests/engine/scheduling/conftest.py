@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
+from octavo_engine.config import SpeculativeConfig
 from octavo_engine.messages import AddRequest
 from octavo_engine.plan import RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
 from octavo_engine.scheduler import Scheduler
-from octavo_engine.speculation import Speculation
+from octavo_engine.speculation import DraftProposer, Speculation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,7 +55,8 @@ class FakeRunner:
     So it sees at once when a request reads what is not its own: shared wrongly, not copied, overwritten, stale.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, *, num_blocks: int, block_size: int, drafter: Oracle | None = None) -> None:
+        self.drafter = drafter  # makes the guesses that are left to the runner
         self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)  # None: never written, or NaN
         self.block_size = block_size
         self.failing: set[str] = set()  # requests whose KV and logits come out as NaN from now on
@@ -59,6 +65,7 @@ class FakeRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Copy blocks, then check, store and sample each request."""
+        plan, drafted = self.complete(plan)
         destinations = [destination for _, destination in plan.copies]
         assert len(set(destinations)) == len(destinations)
         assert not {source for source, _ in plan.copies} & set(destinations)
@@ -69,7 +76,22 @@ class FakeRunner:
             self.store(request)
         for request in plan.requests:
             self.check(request)
-        return StepResult(plan.step, tuple(row for r in plan.requests if r.needs_token for row in self.sample(r)))
+        rows = tuple(row for request in plan.requests if request.needs_token for row in self.sample(request))
+        return StepResult(plan.step, rows, drafted)
+
+    def complete(self, plan: StepPlan) -> tuple[StepPlan, tuple[tuple[int, ...], ...]]:
+        """Put guesses in where they are left open."""
+        if self.drafter is None:
+            return plan, ()
+        requests = list(plan.requests)
+        drafted = []
+        for place, request in enumerate(requests):
+            if request.num_proposed:
+                known = request.token_ids[: -request.num_proposed]
+                before = self.sequences[name(request.request_id, request.choice)][: request.num_computed_tokens]
+                drafted.append(tuple(self.drafter.propose((*before, *known), request.num_proposed)))
+                requests[place] = replace(request, token_ids=known + drafted[-1])
+        return StepPlan(plan.step, tuple(requests), plan.copies), tuple(drafted)
 
     def store(self, request: ScheduledRequest) -> None:
         """Write the KV of the step's tokens, guesses at the end included."""
@@ -158,7 +180,11 @@ class Engine:
         enable_prefix_caching: bool = True,
         paces_prefills: bool = False,
         make_proposer: Callable[[], Proposer] | None = None,
+        drafter: Oracle | None = None,
     ) -> None:
+        if drafter is not None:
+            config = SpeculativeConfig(num_speculative_tokens=drafter.num_guesses, model=Path("draft.gguf"))
+            make_proposer = partial(DraftProposer, config)
         self.max_model_len = max_model_len or num_blocks * block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.scheduler = Scheduler(
@@ -172,7 +198,7 @@ class Engine:
             paces_prefills=paces_prefills,
             speculation=None if make_proposer is None else Speculation(make_proposer),
         )
-        self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size)
+        self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, drafter=drafter)
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.finished: dict[str, str] = {}
         self.num_cached_tokens: dict[str, int] = {}

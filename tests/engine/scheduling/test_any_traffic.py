@@ -36,6 +36,7 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         enable_prefix_caching=st.sampled_from([True, True, False]),
         num_guesses=st.sampled_from([0, 1, 2, 5]),
         wrong_one_in=st.sampled_from([0, 2, 5]),
+        drafts=st.booleans(),
     )
     def start(
         self,
@@ -47,6 +48,7 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         enable_prefix_caching: bool,
         num_guesses: int,
         wrong_one_in: int,
+        drafts: bool,
     ) -> None:
         """Start an engine whose longest request fills the whole pool."""
         self.max_num_seqs = max_num_seqs
@@ -56,7 +58,8 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + num_spare_tokens,
             enable_prefix_caching=enable_prefix_caching,
-            make_proposer=(lambda: Oracle(num_guesses, wrong_one_in)) if num_guesses else None,
+            make_proposer=(lambda: Oracle(num_guesses, wrong_one_in)) if num_guesses and not drafts else None,
+            drafter=Oracle(num_guesses, wrong_one_in) if num_guesses and drafts else None,
         )
         self.num_added = 0
         self.longest: dict[str, int] = {}  # living choices: most tokens that each can have

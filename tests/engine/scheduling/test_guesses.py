@@ -35,6 +35,21 @@ def test_a_token_that_would_end_the_request_is_never_guessed() -> None:
     engine.check_outputs()
 
 
+def test_a_token_that_ends_the_request_may_be_among_drafted_guesses() -> None:
+    prompt = next(
+        p
+        for n in range(3000)
+        if 3 <= len(generate(p := (n % 20 + 1, n // 20), SamplingParams(max_tokens=5), 99)[0]) < 5
+    )
+    engine = Engine(drafter=Oracle(5))
+    engine.add_request("a", prompt, SamplingParams(max_tokens=9))
+    assert [engine.step() for _ in range(3)] == [{"a": 2}, {"a": 1 + 5}, {}]
+    engine.check_outputs()
+    drafts = engine.scheduler.stats().drafts
+    assert drafts is not None
+    assert (drafts.num_draft_tokens, sum(drafts.num_accepted_tokens_per_pos)) == (5, len(engine.outputs["a"]) - 2)
+
+
 def test_wrong_guesses_cost_room_and_nothing_else() -> None:
     engine = Engine(make_proposer=lambda: Oracle(3, wrong_one_in=1))
     engine.add("a", 6, max_tokens=4)
