@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +26,6 @@ ROOT: Final = Path(__file__).parents[1]
 PAGES: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 VALUES: Final[dict[str, Any]] = yaml.safe_load((ROOT / "helm/octavo/values.yaml").read_text())
 TARGETS: Final = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-SUBCOMMANDS: Final = ("serve", "run", "plan", "pull", "create", "show", "list", "cp", "rm", "ps", "completion")
 
 
 def name_of(page: Path) -> str:
@@ -120,7 +120,7 @@ def check_kubectl(words: list[str]) -> None:
 
 
 def check_octavo(words: list[str]) -> None:
-    build_parser(dict.fromkeys(SUBCOMMANDS, _nothing)).parse_args(words)
+    build_parser(defaultdict(lambda: _nothing)).parse_args(words)
 
 
 def check_cluster(words: list[str]) -> None:

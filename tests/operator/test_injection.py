@@ -97,6 +97,25 @@ SPECS: Final[tuple[Json, ...]] = (
         "autoscaling": {"maxReplicas": 4, "metric": "queue", "target": "4"},
     },
     {"model": {"source": "pvc://models/folder/model.gguf"}},
+    {
+        "model": {"source": "s3://bucket/folder/model.gguf", "credentialsSecret": {"name": "bucket"}},
+        "profiles": [
+            {
+                "name": "support",
+                "system": "You answer as support.",
+                "parameters": {
+                    "temperature": "0.2",
+                    "top_p": "0.9",
+                    "min_p": "0.1",
+                    "repeat_penalty": "1.1",
+                    "presence_penalty": "0.3",
+                    "frequency_penalty": "0.4",
+                    "stop": ["###"],
+                },
+                "messages": [{"role": "user", "content": "Is Toronto in Canada?"}],
+            }
+        ],
+    },
 )
 RESHAPED: Final = {"spec.model.source", "spec.autoscaling.target"}  # what becomes of them is not the same string
 
@@ -117,7 +136,15 @@ def render(spec: Json) -> list[Json]:
         extra="forbid",
     )
     prometheus = "http://prometheus.monitoring.svc:9090"
-    return list(children(service, engine_image=ENGINE_IMAGE, offered=list(OPTIONAL), prometheus_url=prometheus))
+    made = children(service, engine_image=ENGINE_IMAGE, offered=list(OPTIONAL), prometheus_url=prometheus)
+    return [unfolded(child) for child in made]
+
+
+def unfolded(child: Json) -> Json:
+    """A child with the files of a ConfigMap as their reader has them: they are YAML within YAML."""
+    if child["kind"] != "ConfigMap":
+        return child
+    return {**child, "data": {name: yaml.safe_load(text) for name, text in child["data"].items()}}
 
 
 GOOD: Final = [render(spec) for spec in SPECS]
