@@ -15,7 +15,8 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final, Self
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio import config as kubernetes_config
@@ -56,7 +57,19 @@ async def load_configuration() -> Configuration:
     except kubernetes_config.ConfigException as error:
         raise ApiUnavailable(f"no cluster to work in: not in a pod, and KUBECONFIG gives none: {error}") from error
     configuration.connection_pool_maxsize = 0  # unlimited: every watch keeps a connection
+    # Else every request would read ~/.netrc and look for a proxy, each in a thread: a tenth of the operator's work.
+    configuration.client_session_kwargs = {"trust_env": False}
+    if configuration.proxy is None:
+        configuration.proxy = proxy_for(configuration.host)
     return configuration
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address: HTTPS_PROXY and the like, but for what NO_PROXY names."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 class Kube:

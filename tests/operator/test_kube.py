@@ -11,7 +11,7 @@ from aiohttp import web
 from kubernetes.aio.client import Configuration
 
 from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, Refused
-from octavo_operator.kube import Kube, load_configuration
+from octavo_operator.kube import Kube, load_configuration, proxy_for
 from octavo_operator.resources import AUTOSCALER, DEPLOYMENT, INFERENCE_SERVICE, POD, SERVICE, Resource
 
 Json = dict[str, Any]
@@ -281,3 +281,22 @@ async def test_outside_a_pod_and_without_a_kubeconfig_there_is_no_cluster(
     monkeypatch.setattr("kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     with pytest.raises(ApiUnavailable, match="not in a pod, and KUBECONFIG gives none"):
         await load_configuration()
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy"),
+    [
+        ("https://api.example:6443", "http://proxy.example:3128"),
+        ("http://127.0.0.1:8001", None),
+        ("https://10.96.0.1:443", None),
+        ("https://kubernetes.default.svc", None),
+    ],
+)
+def test_the_environment_names_the_proxy_to_the_api_server(
+    url: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "10.96.0.1,.svc")
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.delenv("HTTP_PROXY", raising=False)
+    assert proxy_for(url) == proxy
