@@ -80,6 +80,7 @@ def kubelet_config(site: Site, *, authority: Path, serving: Pair, plugins: Path)
         "evictionHard": {"memory.available": "64Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,  # loaded images cannot be pulled again
         "nodeStatusUpdateFrequency": "4s",
+        "syncFrequency": "10s",  # a minute by default; so often it looks whether a mounted ConfigMap has changed
         "maxPods": 64,
     }
     return json.dumps(document)
