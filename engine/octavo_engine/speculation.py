@@ -100,7 +100,7 @@ class LookupProposer:
     """Guesses what followed the last tokens when they were there before, the longest run and the last time first.
 
     An index of where each run of tokens ended last grows with the request: O(1) a token and length of run, and about
-    150 bytes. A request whose guesses are wrong pauses for more and more tokens, as guesses cost time.
+    100 bytes. A request whose guesses are wrong pauses for more and more tokens, as guesses cost time.
     """
 
     def __init__(self, config: SpeculativeConfig) -> None:
