@@ -225,16 +225,18 @@ def unfolding(cluster: Cluster, engine: Image, name: str, streams: dict[str, flo
         wait([pool.submit(client.measure) for client in clients.values()])  # at once, as they will stream
         watch = Watch(where, api)
         watching = pool.submit(watch.run)
-        starve(where, api)
-        (answering,) = api.names("deleted")
-        heard = {service: pool.submit(clients[service].stream, seconds) for service, seconds in streams.items()}
-        for client in clients.values():
-            assert client.begun.wait(60)
-        api.delete(answering)
-        draining = pool.submit(drain, where)
-        wait([draining], timeout=PATIENCE_SECONDS)
-        wait(heard.values(), timeout=PATIENCE_SECONDS)
-        watch.end()
+        try:
+            starve(where, api)
+            (answering,) = api.names("deleted")
+            heard = {service: pool.submit(clients[service].stream, seconds) for service, seconds in streams.items()}
+            for client in clients.values():
+                assert client.begun.wait(60)
+            api.delete(answering)
+            draining = pool.submit(drain, where)
+            wait([draining], timeout=PATIENCE_SECONDS)
+            wait(heard.values(), timeout=PATIENCE_SECONDS)
+        finally:
+            watch.end()  # else the pool would wait for it for ever
         watching.result()
         cluster.kubectl("uncordon", cluster.node)
         yield Story(
