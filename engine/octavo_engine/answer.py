@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from octavo_engine.text.detokenizer import Detokenizer
@@ -38,7 +39,9 @@ class TextLogprobs:
 
     token: TokenText
     top: tuple[TokenText, ...]  # the most likely ones, in order
-    offset: int  # characters of the answer before it
+    offset: int  # characters of the answer before it; below 0 in a prompt, at whose end the answer begins
+    rank: int = 0  # in a prompt: from 1 on by how likely it is
+    is_first: bool = False  # of its prompt, so that no logprob of it is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,39 @@ class TextDelta:
     choice: int = 0  # which answer
     logprobs: tuple[TextLogprobs, ...] = ()  # of the tokens whose text is certain with this piece, if asked for
     num_cached_tokens: int = 0  # of the prompt, that needed no computation
+    prompt_logprobs: tuple[TextLogprobs, ...] = ()  # the next of the prompt's tokens, if asked for; with any choice
+
+
+class PromptTokens:
+    """The tokens of a prompt, on their way to who asked for their logprobs.
+
+    Args:
+        tokenizer: of the model.
+        token_ids: of the prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids = token_ids
+        self._num_told = 0
+        detokenizer = Detokenizer(tokenizer.token_bytes, frozenset())
+        lengths = [len(detokenizer.push((token_id,))) for token_id in token_ids]
+        lengths[-1] += len(detokenizer.finish())
+        self._offsets = list(accumulate(lengths, initial=-sum(lengths)))
+
+    def take(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TextLogprobs, ...]:
+        """Return the next tokens, to which these belong; the first one, which has none, at the first call."""
+        entries: list[TextLogprobs] = []
+        if self._num_told == 0:
+            first = TokenText(_bytes(self._tokenizer, self._token_ids[0]), 0.0, self._token_ids[0])
+            entries.append(TextLogprobs(first, (), self._offsets[0], is_first=True))
+        places = range(self._num_told + len(entries), len(self._token_ids))
+        entries += [
+            _as_text(self._tokenizer, self._token_ids[place], one, self._offsets[place])
+            for place, one in zip(places, logprobs, strict=False)
+        ]
+        self._num_told += len(entries)
+        return tuple(entries)
 
 
 class Answer:
@@ -79,7 +115,7 @@ class Answer:
     ) -> None:
         self.has_ended = False
         self._choice = choice
-        self._token_bytes = tokenizer.token_bytes
+        self._tokenizer = tokenizer
         hidden_ids = frozenset[int]() if show_control else tokenizer.control_ids - shown_ids
         self._detokenizer = Detokenizer(tokenizer.token_bytes, hidden_ids)
         self._stop = StopStrings(stop, include=include_stop)
@@ -99,7 +135,8 @@ class Answer:
             if place == last and update.finish_reason == "stop" and not self._include_stop:
                 break  # the token that ended the request is no part of the text
             if update.logprobs:
-                self._logprobs.append(self._as_text(token_id, update.logprobs[place]))
+                one = _as_text(self._tokenizer, token_id, update.logprobs[place], self._num_characters)
+                self._logprobs.append(one)
             text += self._add(self._detokenizer.push((token_id,)))
             if self._stop.found:
                 break  # whether there are more tokens is a matter of timing
@@ -132,13 +169,16 @@ class Answer:
             certain.append(self._logprobs.popleft())
         return tuple(certain)
 
-    def _as_text(self, token_id: int, logprobs: TokenLogprobs) -> TextLogprobs:
-        return TextLogprobs(
-            TokenText(self._bytes(token_id), logprobs.logprob, token_id),
-            tuple(TokenText(self._bytes(other), logprob, other) for other, logprob in logprobs.top),
-            self._num_characters,
-        )
 
-    def _bytes(self, token_id: int) -> bytes:
-        """What a token stands for; nothing, where a model has more logits than its vocabulary has tokens."""
-        return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
+def _as_text(tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs, offset: int) -> TextLogprobs:
+    return TextLogprobs(
+        TokenText(_bytes(tokenizer, token_id), logprobs.logprob, token_id),
+        tuple(TokenText(_bytes(tokenizer, other), logprob, other) for other, logprob in logprobs.top),
+        offset,
+        logprobs.rank,
+    )
+
+
+def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What a token stands for; nothing, where a model has more logits than its vocabulary has tokens."""
+    return tokenizer.token_bytes[token_id] if token_id < len(tokenizer.token_bytes) else b""

@@ -72,4 +72,5 @@ def _turn(request: ScheduledRequest, guesses: tuple[int, ...]) -> ScheduledReque
         needs_token=len(guesses) < request.num_proposed,
         num_choices=1,
         num_proposed=0,
+        prompt_targets=(),
     )

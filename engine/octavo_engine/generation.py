@@ -14,7 +14,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from octavo_engine.answer import Answer
+from octavo_engine.answer import Answer, PromptTokens
 from octavo_engine.errors import ConfigError, GenerationFailed, RequestInvalid
 from octavo_engine.parameters import max_tokens_of
 from octavo_engine.plan import SamplingParams
@@ -332,6 +332,8 @@ class LanguageModel:
             for choice in range(request.num_choices)
         ]
         num_living = len(answers)
+        tells_prompt = request.sampling.num_prompt_logprobs is not None
+        prompt = PromptTokens(self._tokenizer, request.prompt_token_ids) if tells_prompt else None
         updates = self._client.generate(
             request.request_id, request.prompt_token_ids, request.sampling, request.num_choices, request.priority
         )
@@ -343,6 +345,8 @@ class LanguageModel:
                 if update.finish_reason in {"error", "abort"}:
                     raise GenerationFailed(update.error or "the engine aborted the request")
                 delta = answer.take(update)
+                if prompt is not None and (told := prompt.take(update.prompt_logprobs)):
+                    delta = replace(delta, prompt_logprobs=told)
                 if delta.finish_reason is not None:
                     num_living -= 1
                     if update.finish_reason is None and num_living:

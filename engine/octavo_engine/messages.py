@@ -87,6 +87,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache; the same in every update
     num_preemptions: int = 0  # of this choice so far, or of all of them before they were told apart
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of token_ids, if the request asks for them
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # the next of the prompt's tokens, from its second on; of choice 0
     state: bytes = b""  # with sampling.embed, which brings no tokens: see RequestResult
 
 

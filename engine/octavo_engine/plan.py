@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from octavo_engine.messages import EngineFacts
 
 
+# A step has room for the logits of max_num_seqs requests and of so many tokens of prompts whose logprobs are asked for.
+NUM_PROMPT_ROWS: Final = 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends. Validated at the HTTP edge: every value is legal."""
@@ -36,6 +40,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     min_tokens: int = 0  # before so many tokens nothing is chosen that would end the request
     num_logprobs: int | None = None  # tell the logprob of each token and of this many most likely; None: of none
+    num_prompt_logprobs: int | None = None  # the same of the prompt's tokens, from the second on
     seed: int | None = None  # the draw depends on seed and position only; None: the engine's seed and the request id
     stop_token_ids: tuple[int, ...] = ()  # any of these ends the request with "stop", besides the model's own EOS
     ignore_eos: bool = False  # go on after EOS (benchmarks)
@@ -74,6 +79,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     past: PastTokens | None = None  # set if sampling.looks_back; by reference, so it is read before the step's update()
     grammar: Grammar | None = None  # set if sampling.grammar; by reference too
     num_proposed: int = 0  # of token_ids, the last ones: guesses at what comes next, or TO_BE_DRAFTED; n is 1 then
+    prompt_targets: tuple[int, ...] = ()  # the prompt's tokens after each of token_ids, if their logprobs are asked for
 
     @property
     def proposed(self) -> tuple[int, ...]:
@@ -83,6 +89,8 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     @property
     def num_logits(self) -> int:
         """After how many of token_ids, the last ones, logits are computed."""
+        if self.prompt_targets:
+            return len(self.token_ids)
         return 1 + self.num_proposed if self.needs_token else 0
 
     @property
@@ -125,6 +133,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
     logprob: float  # of the token
     top: tuple[tuple[int, float], ...]  # (token id, logprob) of the most likely, in order; as many as were asked for
+    rank: int = 0  # of the token, from 1 on by how likely it is; told of a prompt's tokens
 
 
 class RequestResult(msgspec.Struct, frozen=True, gc=False):
@@ -143,6 +152,7 @@ class StepResult:
     step: int
     results: tuple[RequestResult, ...]  # in the order of the plan: as many for each request as its num_results
     drafted: tuple[tuple[int, ...], ...] = ()  # guesses of the requests whose guesses were TO_BE_DRAFTED, in order
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()  # of each request with prompt_targets, of each of them
 
 
 class Runner(Protocol):

@@ -64,7 +64,8 @@ class CopyBlocks(msgspec.Struct, frozen=True, tag=True):
 class Forward(msgspec.Struct, frozen=True, tag=True):
     """Compute a step."""
 
-    requests: tuple[tuple[tuple[int, ...], int, tuple[int, ...], bool, int], ...]  # as `of` takes them from the plan
+    # As `of` takes them from the plan.
+    requests: tuple[tuple[tuple[int, ...], int, tuple[int, ...], bool, int, tuple[int, ...]], ...]
     every_token: bool
 
     @classmethod
@@ -72,7 +73,8 @@ class Forward(msgspec.Struct, frozen=True, tag=True):
         """What of a plan concerns the other ranks: nothing of sampling."""
         return cls(
             tuple(
-                (r.token_ids, r.num_computed_tokens, r.block_ids, r.needs_token, r.num_proposed) for r in plan.requests
+                (r.token_ids, r.num_computed_tokens, r.block_ids, r.needs_token, r.num_proposed, r.prompt_targets)
+                for r in plan.requests
             ),
             every_token,
         )
@@ -84,9 +86,16 @@ class Forward(msgspec.Struct, frozen=True, tag=True):
             0,
             tuple(
                 ScheduledRequest(
-                    "", token_ids, num_computed, block_ids, needs_token, _NO_SAMPLING, num_proposed=num_proposed
+                    "",
+                    token_ids,
+                    num_computed,
+                    block_ids,
+                    needs_token,
+                    _NO_SAMPLING,
+                    num_proposed=num_proposed,
+                    prompt_targets=prompt_targets,
                 )
-                for token_ids, num_computed, block_ids, needs_token, num_proposed in self.requests
+                for token_ids, num_computed, block_ids, needs_token, num_proposed, prompt_targets in self.requests
             ),
         )
 

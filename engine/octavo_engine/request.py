@@ -59,6 +59,7 @@ class Request:
     num_offered_tokens: int = 0  # tokens in full blocks that were offered to the prefix cache since the last admission
     num_cached_tokens: int | None = None  # prompt tokens that it had when this was first admitted; None: not yet
     num_preemptions: int = 0
+    num_told: int = 0  # tokens of the prompt, from the second on, whose logprobs have been told, if they are asked for
     grammar: Grammar | None = None  # where the answer is in what it keeps to
     proposer: Proposer | None = None  # guesses at what comes next
     past: PastTokens | None = field(init=False)  # what the sampler must know of token_ids, if anything
@@ -80,6 +81,11 @@ class Request:
         """Known tokens whose KV is not in the cache: what the next steps have to compute."""
         return len(self.token_ids) - self.num_computed_tokens
 
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether logprobs of the prompt's tokens are still to be told, which takes the logits of all."""
+        return self.sampling.num_prompt_logprobs is not None and self.num_told < self.num_prompt_tokens - 1
+
     def fork(self) -> list[Request]:
         """Split into the choices, this one first; they hold the same block table, which the caller has to count."""
         num_choices, self.num_choices = self.num_choices, 1
@@ -100,6 +106,7 @@ class Request:
                 block_hashes=list(self.block_hashes),
                 num_offered_tokens=self.num_offered_tokens,
                 num_cached_tokens=self.num_cached_tokens,
+                num_told=self.num_told,
                 grammar=None if self.grammar is None else self.grammar.fork(),
             )
             for choice in range(self.choice + 1, self.choice + num_choices)

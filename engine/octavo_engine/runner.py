@@ -21,7 +21,15 @@ from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
 from octavo_engine.draft import Drafter
 from octavo_engine.messages import EngineFacts
-from octavo_engine.plan import LoadedModel, RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
+from octavo_engine.plan import (
+    LoadedModel,
+    RequestResult,
+    SamplingParams,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from octavo_engine.ranks import Ranks
 from octavo_engine.steps import load_torch_steps
 from octavo_engine.weights.stored import WeightSource
@@ -59,23 +67,31 @@ class ModelRunner:
         states: torch.Tensor | None = None
         if any(request.sampling.embed for request in asking):
             states = torch.empty(sum(request.num_logits for request in plan.requests), self._steps.hidden_size)
-        logits = self._logits(plan, states)
+        logits = self.forward(plan, states=states)
+        told = self._prompt_logprobs(plan, logits)
+        logits = _drawn_from(plan, logits)
         try:
             results = self._sample(logits, draws)
         except Exception:  # noqa: BLE001 - whatever it is, it shall not be the end of all requests
             _log.exception("sampling %d rows failed: sampling each by itself", len(draws))
-            logits = self._logits(plan, states)  # writes the same KV again; the sampler may have changed the first ones
+            # Writes the same KV again; the sampler may have changed the first ones.
+            logits = _drawn_from(plan, self.forward(plan, states=states))
             results = [self._sample_alone(logits[row : row + 1], draw) for row, draw in enumerate(draws)]
         if states is not None:
             results = _with_states(results, plan, states)
-        return StepResult(plan.step, tuple(results), drafted)
+        return StepResult(plan.step, tuple(results), drafted, told)
 
     @torch.inference_mode()
-    def _logits(self, plan: StepPlan, states: torch.Tensor | None) -> torch.Tensor:
-        """Compute the plan; a row for each token to sample."""
-        logits = self.forward(plan, states=states)
-        rows = _rows_to_draw_from(plan)
-        return logits if rows == list(range(len(logits))) else logits[rows]
+    def _prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> tuple[tuple[TokenLogprobs, ...], ...]:
+        """Return the logprobs of each request's prompt_targets, which the sampler does not choose."""
+        told = []
+        end = 0
+        for request in plan.requests:
+            begin, end = end, end + request.num_logits
+            if targets := request.prompt_targets:
+                rows = logits[begin : begin + len(targets)]
+                told.append(tuple(sampler.prompt_logprobs(rows, targets, request.sampling.num_prompt_logprobs or 0)))
+        return tuple(told)
 
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, draws: list[Draw]) -> list[RequestResult]:
@@ -97,6 +113,12 @@ class ModelRunner:
         if plan.copies:
             self._steps.copy_blocks(plan.copies)
         return self._steps.forward(plan, every_token=every_token, states=states)
+
+
+def _drawn_from(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
+    """Return a row of the plan's logits for each token to draw."""
+    rows = _rows_to_draw_from(plan)
+    return logits if rows == list(range(len(logits))) else logits[rows]
 
 
 def _rows_to_draw_from(plan: StepPlan) -> list[int]:

@@ -163,6 +163,23 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw], chooser: Chooser | None 
     ]
 
 
+def prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], num: int) -> list[TokenLogprobs]:
+    """Return the logprobs, with ranks, of tokens that were not chosen but are there: those of a prompt.
+
+    Args:
+        logits: [R, V], any floating dtype, after the token before each. What is no number counts as minus infinity.
+        targets: R tokens.
+        num: how many of the most likely ones to tell beside each.
+    """
+    logits = vocabulary.padded(logits.float().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf))
+    own = logits.gather(1, torch.tensor(targets, device=logits.device)[:, None])
+    ranks = ((logits > own).sum(dim=1) + 1).tolist()
+    asked = [(min(num, logits.shape[1]), target) for target in targets]
+    return [
+        TokenLogprobs(one.logprob, one.top, rank) for one, rank in zip(_logprobs(logits, asked), ranks, strict=True)
+    ]
+
+
 def _apply_bias(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
     """Forbid what would end a request too early, then add each request's own bias; in place."""
     early = _Entries()

@@ -30,6 +30,9 @@ PACED_TOKENS / PACED_FIRST_PREFILL_PARTS:
 - Short prompts cannot hold up long ones: the first unfinished prompt in order computes at least F tokens in every step.
   Once admitted, a prompt is done after at most the sum of ceil(n / F) steps over itself and the unfinished prompts
   before it in order, n their uncomputed tokens, however many of its priority arrive later.
+- Prompts whose logprobs are asked for take logits after each token: together at most NUM_PROMPT_ROWS in a step and one
+  more for each free seat, of which the first in order is sure of half of the former. They find nothing in the prefix
+  cache.
 
 "In order" is by priority (lower first), then arrival, then choice. When a decode finds no free block, the running
 request that is last in order is preempted: its blocks are freed, and it waits in its place in the queue to be
@@ -60,7 +63,7 @@ from msgspec.structs import replace
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.kvcache.manager import KVCacheManager
 from octavo_engine.messages import RequestUpdate, SchedulerStats
-from octavo_engine.plan import TO_BE_DRAFTED, ScheduledRequest, StepPlan
+from octavo_engine.plan import NUM_PROMPT_ROWS, TO_BE_DRAFTED, ScheduledRequest, StepPlan
 from octavo_engine.request import Request, RequestStatus
 from octavo_engine.speculation import count_right
 
@@ -206,15 +209,19 @@ class Scheduler:
         return StepPlan(self._step, tuple(scheduled), tuple(self._copies)) if scheduled else None
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
-        """Take in what a step computed and sampled; one update for each choice that a token was drawn for."""
+        """Take in what a step computed and drew; an update for each choice with new tokens, or piece of a prompt."""
         assert result.step == plan.step == self._step, "steps are taken back in order"
         self._step += 1
         block_size = self._kv.block_size
         updates: list[RequestUpdate] = []
-        results, drafted = iter(result.results), iter(result.drafted)
+        results, drafted, told = iter(result.results), iter(result.drafted), iter(result.prompt_logprobs)
         num_ended = self._num_ended
         for request, scheduled in zip(self._in_step, plan.requests, strict=True):
             request.num_computed_tokens += len(scheduled.token_ids) - scheduled.num_proposed
+            if scheduled.prompt_targets:
+                new = next(told)[max(0, request.num_told - scheduled.num_computed_tokens) :]
+                request.num_told += len(new)
+                updates.append(RequestUpdate(request_id=request.request_id, token_ids=(), prompt_logprobs=new))
             if not scheduled.needs_token:
                 continue
             row = next(results)
@@ -322,6 +329,7 @@ class Scheduler:
                 request.block_hashes,
                 owner=repr(request.order).encode(),
                 num_spare_blocks=num_spare_blocks,
+                computes_all=request.tells_prompt,
             )
             if begun is None:
                 break
@@ -329,7 +337,7 @@ class Scheduler:
             request.block_ids, request.num_computed_tokens = begun
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
-                self._num_prefix_cache_queries += request.num_tokens
+                self._num_prefix_cache_queries += 0 if request.tells_prompt else request.num_tokens
                 self._num_prefix_cache_hits += request.num_cached_tokens
             request.status = RequestStatus.RUNNING
             self._num_free_seats -= request.num_choices
@@ -341,23 +349,30 @@ class Scheduler:
         first = prefills[0]
         reserved = min(first.num_uncomputed_tokens, part)
         budget -= reserved
+        reserved_rows = min(reserved, NUM_PROMPT_ROWS // 2) if first.tells_prompt else 0
+        num_rows = NUM_PROMPT_ROWS + self._num_free_seats - reserved_rows
         any_finishes = False
         scheduled = []
         for request in sorted(prefills, key=lambda request: (request.priority, request.num_uncomputed_tokens)):
-            own = reserved if request is first else 0
-            if request.num_uncomputed_tokens <= budget + own:
+            own, own_rows = (reserved, reserved_rows) if request is first else (0, 0)
+            room = min(budget + own, num_rows + own_rows) if request.tells_prompt else budget + own
+            if request.num_uncomputed_tokens <= room:
                 num_tokens = request.num_uncomputed_tokens
                 any_finishes = True
             else:
-                num_tokens = own if any_finishes else budget + own
+                num_tokens = min(own, room) if any_finishes else room
             if num_tokens == 0:
                 continue
             budget -= num_tokens - own
             start = request.num_computed_tokens
             end = start + num_tokens
             token_ids = tuple(request.token_ids[start:end])
+            targets: tuple[int, ...] = ()
+            if request.tells_prompt:
+                num_rows -= num_tokens - own_rows
+                targets = tuple(request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)])
             self._in_step.append(request)
-            scheduled.append(_share(request, token_ids, end == request.num_tokens))
+            scheduled.append(_share(request, token_ids, end == request.num_tokens, prompt_targets=targets))
         return scheduled
 
     def _add_guesses(self, scheduled: list[ScheduledRequest], budget: int) -> None:
@@ -474,6 +489,7 @@ def _share(
     token_ids: tuple[int, ...],
     needs_token: bool,  # noqa: FBT001 - hot
     num_proposed: int = 0,
+    prompt_targets: tuple[int, ...] = (),
 ) -> ScheduledRequest:
     """A request's share of the step."""
     return ScheduledRequest(
@@ -489,6 +505,7 @@ def _share(
         request.past,
         request.grammar,
         num_proposed,
+        prompt_targets,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from octavo_engine.cpu import compute as cpu
 from octavo_engine.errors import ConfigError, ModelDoesNotFit
+from octavo_engine.plan import NUM_PROMPT_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -227,8 +228,8 @@ def _work_bytes(spec: DecoderSpec, config: EngineConfig, dtype: ComputeDType, *,
     """Bytes that the largest step needs beside weights and cache.
 
     Of each token, in torch: the residual and its norm, the widest of the layer's intermediate results with its input,
-    and a row of the attention mask of the reference backend. Of each token that one is drawn after: logits. Of each
-    position that there may be: its rotations.
+    and a row of the attention mask of the reference backend. Of each token that one is drawn after, or of which the
+    logprob is told: logits. Of each position that there may be: its rotations.
     """
     positions = config.max_model_len or spec.max_context
     if native is not None:
@@ -237,10 +238,11 @@ def _work_bytes(spec: DecoderSpec, config: EngineConfig, dtype: ComputeDType, *,
         heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         widest = max(3 * spec.intermediate_size, 2 * heads)
         per_token = 3 * 4 * spec.hidden_size + widest * _DTYPE_BYTES[dtype] + 8 * positions
-    per_draw = spec.vocab_size * _LOGIT_BYTES
-    num_draws = min(config.max_num_seqs * (1 + config.num_speculative_tokens), config.max_num_batched_tokens)
+    per_row = spec.vocab_size * _LOGIT_BYTES
+    num_rows = min(config.max_num_seqs * (1 + config.num_speculative_tokens), config.max_num_batched_tokens)
+    num_rows += NUM_PROMPT_ROWS
     per_position = len(set(spec.ropes)) * spec.head_dim * _ROTATION_BYTES
-    return config.max_num_batched_tokens * per_token + num_draws * per_draw + positions * per_position
+    return config.max_num_batched_tokens * per_token + num_rows * per_row + positions * per_position
 
 
 def _kv_budget(

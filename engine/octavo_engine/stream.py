@@ -130,4 +130,5 @@ def _merged(updates: list[RequestUpdate]) -> RequestUpdate:
         updates[-1],
         token_ids=tuple(token_id for update in updates for token_id in update.token_ids),
         logprobs=tuple(logprobs for update in updates for logprobs in update.logprobs),
+        prompt_logprobs=tuple(logprobs for update in updates for logprobs in update.prompt_logprobs),
     )

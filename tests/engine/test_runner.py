@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,14 @@ from octavo_engine import device
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError, DeviceMissing, ModelDoesNotFit, ModelNotFound, TensorParallelInvalid
 from octavo_engine.past import PastTokens
-from octavo_engine.plan import LoadedModel, RequestResult, SamplingParams, ScheduledRequest, StepPlan
+from octavo_engine.plan import (
+    LoadedModel,
+    RequestResult,
+    SamplingParams,
+    ScheduledRequest,
+    StepPlan,
+    TokenLogprobs,
+)
 from octavo_engine.planning import plan_ahead
 from octavo_engine.runner import ModelRunner, load_runner
 
@@ -149,6 +157,36 @@ def test_what_is_drawn_after_guesses_is_what_is_drawn_once_they_have_come(
         one_by_one += runner.execute(StepPlan(at, (decode((token_id,), at, 0),))).results
     assert list(guessed[:4]) == one_by_one
     assert guessed[4:] == runner.execute(StepPlan(9, (beside,))).results
+
+
+def test_logprobs_of_a_prompt_are_those_of_its_tokens_however_it_is_cut_and_whoever_is_beside_it(
+    write_tiny_gguf: Any,
+) -> None:
+    loaded = load(write_tiny_gguf())
+    runner = loaded.runner
+    assert isinstance(runner, ModelRunner)
+    tokens = (5, 17, 80, 3, 9, 11)
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, num_prompt_logprobs=2)
+    everything = runner.forward(StepPlan(0, (request("a", tokens),)), every_token=True).float().log_softmax(dim=1)
+
+    def told(at: int, end: int, beside: tuple[ScheduledRequest, ...] = ()) -> list[TokenLogprobs]:
+        piece = request("a", tokens[at:end], at=at, sampling=sampling)
+        piece = msgspec.structs.replace(
+            piece, needs_token=end == len(tokens), prompt_targets=tokens[at + 1 : min(end + 1, len(tokens))]
+        )
+        result = runner.execute(StepPlan(0, (*beside, piece, *beside)))
+        assert len(result.results) == 2 * len(beside) + piece.needs_token
+        return list(*result.prompt_logprobs)
+
+    whole = told(0, 6)
+    assert told(0, 2) + told(2, 5) + told(5, 6) == whole
+    assert told(0, 6, (request("b", (7, 8), block=2),)) == whole
+    for place, one in enumerate(whole):
+        row = everything[place]
+        assert one.logprob == pytest.approx(row[tokens[place + 1]].item(), abs=1e-5)
+        assert one.rank == (row > row[tokens[place + 1]]).sum().item() + 1
+        assert [token_id for token_id, _ in one.top] == row.topk(2).indices.tolist()
+        assert one.top[0][1] == pytest.approx(row.max().item(), abs=1e-5)
 
 
 def test_a_plans_copies_are_made_before_its_tokens_are_stored(write_tiny_gguf: Any) -> None:

@@ -37,7 +37,13 @@ class KVCacheManager:
         return self.num_blocks - self._pool.num_free_blocks
 
     def begin(
-        self, token_ids: Sequence[int], hashes: list[bytes], *, owner: bytes, num_spare_blocks: int
+        self,
+        token_ids: Sequence[int],
+        hashes: list[bytes],
+        *,
+        owner: bytes,
+        num_spare_blocks: int,
+        computes_all: bool = False,
     ) -> tuple[tuple[int, ...], int] | None:
         """Make a block table for a sequence, of cached blocks as far as there are any.
 
@@ -48,11 +54,12 @@ class KVCacheManager:
             hashes: the names of the sequence's first blocks, as far as known; extended here.
             owner: whose private blocks may be used besides everybody's; see `cache`.
             num_spare_blocks: blocks that have to stay free.
+            computes_all: use no cached blocks, as the logits of all tokens are wanted.
 
         Returns:
             The table and the number of tokens whose KV is in it; None, with no block taken, if it does not fit.
         """
-        cached = self._find_cached(token_ids, hashes, owner)
+        cached = () if computes_all else self._find_cached(token_ids, hashes, owner)
         num_new_blocks = -(-len(token_ids) // self.block_size) - len(cached)
         num_taken_blocks = num_new_blocks + sum(map(self._pool.is_free, cached))
         if num_taken_blocks + num_spare_blocks > self._pool.num_free_blocks:

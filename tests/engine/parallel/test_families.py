@@ -150,6 +150,11 @@ def test_ranks_compute_what_one_computes(shared: Shared, tmp_path: Path, family:
             assert greedy(together, 12) == expected_tokens
             guesses = StepPlan(0, (msgspec.structs.replace(piece(20, 24), num_proposed=3),))
             assert together.execute(guesses) == alone.execute(guesses)
+            telling = SamplingParams(max_tokens=1, temperature=0, num_prompt_logprobs=2)
+            prompt = msgspec.structs.replace(piece(0, 5), prompt_targets=(3, 4, 5, 6), sampling=telling)
+            told = [runner.execute(StepPlan(0, (prompt,))).prompt_logprobs[0] for runner in (together, alone)]
+            assert [one.logprob for one in told[0]] == pytest.approx([one.logprob for one in told[1]], abs=1e-4)
+            assert [one.rank for one in told[0]] == [one.rank for one in told[1]]
 
 
 def test_a_float32_result_does_not_depend_on_the_batch_with_ranks_either(shared: Shared, tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ from msgspec.structs import replace
 
 from octavo_engine.config import SpeculativeConfig
 from octavo_engine.messages import AddRequest
-from octavo_engine.plan import RequestResult, SamplingParams, ScheduledRequest, StepPlan, StepResult
+from octavo_engine.plan import (
+    NUM_PROMPT_ROWS,
+    RequestResult,
+    SamplingParams,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.speculation import DraftProposer, Speculation
 
@@ -77,7 +85,8 @@ class FakeRunner:
         for request in plan.requests:
             self.check(request)
         rows = tuple(row for request in plan.requests if request.needs_token for row in self.sample(request))
-        return StepResult(plan.step, rows, drafted)
+        told = tuple(self.told(request) for request in plan.requests if request.prompt_targets)
+        return StepResult(plan.step, rows, drafted, told)
 
     def complete(self, plan: StepPlan) -> tuple[StepPlan, tuple[tuple[int, ...], ...]]:
         """Put guesses in where they are left open."""
@@ -134,6 +143,14 @@ class FakeRunner:
                 self.sequences[key] += (drawn[-1],)
         return [RequestResult(token_id=token_id) for token_id in drawn]
 
+    def told(self, request: ScheduledRequest) -> tuple[TokenLogprobs, ...]:
+        """The logprob of each token of a prompt is its position."""
+        first = request.num_computed_tokens + 1
+        num_targets = len(request.prompt_targets)
+        assert request.prompt_targets == self.sequences[request.request_id][first : first + num_targets]
+        assert num_targets == len(request.token_ids) - request.needs_token
+        return tuple(TokenLogprobs(position, ()) for position in range(first, first + num_targets))
+
     def slot(self, request: ScheduledRequest, position: int) -> int:
         """Where a position's KV is kept."""
         return request.block_ids[position // self.block_size] * self.block_size + position % self.block_size
@@ -186,6 +203,7 @@ class Engine:
             config = SpeculativeConfig(num_speculative_tokens=drafter.num_guesses, model=Path("draft.gguf"))
             make_proposer = partial(DraftProposer, config)
         self.max_model_len = max_model_len or num_blocks * block_size
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -203,6 +221,7 @@ class Engine:
         self.finished: dict[str, str] = {}
         self.num_cached_tokens: dict[str, int] = {}
         self.alone: dict[str, tuple[tuple[int, ...], str]] = {}  # what each should get, and how it should end
+        self.num_told: dict[str, int] = {}  # tokens of the prompts of those that ask for their logprobs
         self.num_steps = 0
         self._num_added = 0
 
@@ -217,6 +236,8 @@ class Engine:
         """Add a request; the options are AddRequest's."""
         message = AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options)
         self.scheduler.add(message)
+        if sampling.num_prompt_logprobs is not None:
+            self.num_told[request_id] = 0
         for choice in range(message.num_choices):
             key = name(request_id, choice)
             self.outputs[key] = ()
@@ -231,6 +252,8 @@ class Engine:
             return {}
         assert 0 < plan.num_tokens <= self.max_num_batched_tokens
         assert all(request.token_ids for request in plan.requests)
+        num_rows = sum(request.num_logits - request.num_proposed for request in plan.requests)
+        assert num_rows <= self.max_num_seqs + NUM_PROMPT_ROWS
         self.finish_step(plan)
         num_tokens = {name(request.request_id, request.choice): len(request.token_ids) for request in plan.requests}
         assert len(num_tokens) == len(plan.requests)
@@ -242,6 +265,13 @@ class Engine:
         for update in self.scheduler.update(plan, self.runner.execute(plan)):
             key = name(update.request_id, update.choice)
             assert key not in self.finished
+            for logprobs in update.prompt_logprobs:
+                self.num_told[update.request_id] += 1
+                assert logprobs.logprob == self.num_told[update.request_id], "told twice, or not"
+            if update.token_ids and update.request_id in self.num_told:
+                num_generated = len(self.outputs[key]) + len(update.token_ids)
+                num_prompt_tokens = len(self.runner.sequences[key]) - num_generated
+                assert self.num_told[update.request_id] == num_prompt_tokens - 1, "a token before its prompt is told"
             self.outputs[key] += update.token_ids
             self.num_cached_tokens[key] = update.num_cached_tokens
             if update.finish_reason is not None:

@@ -75,6 +75,7 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         stop_token_ids=st.sampled_from([(), (), (7,)]),
         longest=st.sampled_from([3, 8, 100]),
         is_alike=st.booleans(),
+        num_prompt_logprobs=st.sampled_from([None, None, None, 2]),
         fails=st.sampled_from([False, False, False, False, True]),
     )
     def add(
@@ -88,6 +89,7 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         stop_token_ids: tuple[int, ...],
         longest: int,
         is_alike: bool,
+        num_prompt_logprobs: int | None,
         fails: bool,
     ) -> None:
         """Add any request that is not refused; with `fails`, one whose KV and logits are NaN from the beginning."""
@@ -97,7 +99,12 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         shared = data.draw(st.sampled_from([SHARED, *list(self.engine.runner.sequences.values())[-NUM_RECENT:]]))
         own = st.lists(st.integers(0, NUM_TOKEN_IDS - 1), min_size=1, max_size=3)
         prompt = shared[:num_shared] + tuple(data.draw(own)) * num_prompt_tokens
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            stop_token_ids=stop_token_ids,
+            num_prompt_logprobs=num_prompt_logprobs,
+        )
         request_id = f"r{self.num_added}"
         self.num_added += 1
         num_choices = min(num_choices, self.max_num_seqs)

@@ -81,11 +81,11 @@ def tokens_of(text: str | bytes) -> list[int]:
 
 
 def logprobs_of(token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
-    """What the fake says of each token: its logprob is -0.5, of the next ids -1, -2 and so on, the 20th's -inf."""
+    """What the fake says of each token: it is the likeliest, at -0.5; the next ids are at -1, -2, the 20th at -inf."""
     if num_logprobs is None:
         return None
     logprobs = (-0.5, *range(-1, -19, -1), -math.inf)
-    return TokenLogprobs(-0.5, tuple((token_id + place, logprobs[place]) for place in range(num_logprobs)))
+    return TokenLogprobs(-0.5, tuple((token_id + place, logprobs[place]) for place in range(num_logprobs)), rank=1)
 
 
 class FakeEngine:
@@ -179,11 +179,14 @@ class FakeRunner:
         """As Runner.execute."""
         self._engine.num_steps += 1
         self._engine.steps.wait()
-        results = []
+        results, told = [], []
         for request in plan.requests:
             prompt = self._prompts.setdefault(request.request_id, [])
             if (request.request_id, 0) not in self._answers:
                 prompt += request.token_ids
+            if request.prompt_targets:
+                num = request.sampling.num_prompt_logprobs
+                told.append(tuple(one for target in request.prompt_targets if (one := logprobs_of(target, num))))
             if not request.needs_token:
                 continue
             failing = self._engine.failing
@@ -204,7 +207,7 @@ class FakeRunner:
                 results.append(
                     RequestResult(token_id=token_id, logprobs=logprobs_of(token_id, request.sampling.num_logprobs))
                 )
-        return StepResult(plan.step, tuple(results))
+        return StepResult(plan.step, tuple(results), prompt_logprobs=tuple(told))
 
 
 class FakeProcess:

@@ -20,11 +20,11 @@ from octavo_engine.server.openai.replies import Choice, Usage
 from octavo_engine.text.message import MessageFormat, Parts
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
     from starlette.requests import Request
 
-    from octavo_engine.answer import TextDelta
+    from octavo_engine.answer import TextDelta, TextLogprobs
     from octavo_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest
     from octavo_engine.server.openai.replies import Reply
 
@@ -75,9 +75,12 @@ class _Answers:
         self._num_choices = num_choices
         self._indices = range(len(streams) * num_choices)
         self._has_logprobs = body.num_logprobs is not None
+        self._tells_prompts = body.num_prompt_logprobs is not None
         self._include_usage = body.include_usage
         self._continuous_usage = body.continuous_usage
         self._last: dict[int, TextDelta] = {}  # by choice
+        self._prompts: dict[int, list[TextLogprobs]] = {}  # by prompt
+        self._waiting = set(self._indices)  # choices of which a stream has told nothing
         self._parsers = {index: message_format.parser() for index in self._indices}
 
     async def whole(self) -> dict[str, Any]:
@@ -86,13 +89,14 @@ class _Answers:
         async with contextlib.aclosing(self._deltas) as deltas:
             async for delta in deltas:
                 pieces[delta.choice].append(delta)
-                self._last[delta.choice] = delta
+                self._take(delta)
         choices = [
             Choice(
                 index,
                 self._parsers[index].push("".join(delta.text for delta in pieces[index]), is_last=True),
                 [entry for delta in pieces[index] for entry in delta.logprobs] if self._has_logprobs else None,
                 self._finish_reason(self._last[index]),
+                self._prompt_of(index),
             )
             for index in self._indices
         ]
@@ -101,26 +105,47 @@ class _Answers:
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events. A failure after the 200 is an event with the envelope, and there is no [DONE] then."""
         try:
-            for index in self._indices:
-                for chunk in self._reply.opening(index):
-                    yield self._event(chunk)
+            if not self._tells_prompts:  # else they begin when their prompts are computed
+                for index in sorted(self._waiting):
+                    for chunk in self._begin(index):
+                        yield self._event(chunk)
             async with contextlib.aclosing(self._deltas) as deltas:
                 async for delta in deltas:
-                    self._last[delta.choice] = delta
-                    is_last = delta.finish_reason is not None
-                    parts = self._parsers[delta.choice].push(delta.text, is_last=is_last)
-                    if parts or delta.logprobs:
-                        logprobs = delta.logprobs if self._has_logprobs else None
-                        yield self._event(self._reply.piece(Choice(delta.choice, parts, logprobs)))
-                    if is_last:
-                        ended = Choice(delta.choice, Parts(), finish_reason=self._finish_reason(delta))
-                        yield self._event(self._reply.closing(ended))
+                    for chunk in self._chunks(delta):
+                        yield self._event(chunk)
         except OctavoError as error:
             yield _event(describe(error)[1])
             return
         if self._include_usage:
             yield _event(self._reply.usage(self._usage()))
         yield b"data: [DONE]\n\n"
+
+    def _begin(self, index: int) -> list[dict[str, Any]]:
+        self._waiting.remove(index)
+        logprobs = () if self._has_logprobs else None
+        return self._reply.opening(Choice(index, Parts(), logprobs, prompt_logprobs=self._prompt_of(index)))
+
+    def _chunks(self, delta: TextDelta) -> Iterator[dict[str, Any]]:
+        """What a stream tells of a piece."""
+        self._take(delta)
+        is_last = delta.finish_reason is not None
+        if delta.choice in self._waiting and (delta.num_tokens or is_last):
+            yield from self._begin(delta.choice)
+        parts = self._parsers[delta.choice].push(delta.text, is_last=is_last)
+        if parts or delta.logprobs:
+            logprobs = delta.logprobs if self._has_logprobs else None
+            yield self._reply.piece(Choice(delta.choice, parts, logprobs))
+        if is_last:
+            yield self._reply.closing(Choice(delta.choice, Parts(), finish_reason=self._finish_reason(delta)))
+
+    def _take(self, delta: TextDelta) -> None:
+        """Remember what is needed of it later."""
+        self._last[delta.choice] = delta
+        if delta.prompt_logprobs:
+            self._prompts.setdefault(delta.choice // self._num_choices, []).extend(delta.prompt_logprobs)
+
+    def _prompt_of(self, index: int) -> list[TextLogprobs] | None:
+        return self._prompts.get(index // self._num_choices, []) if self._tells_prompts else None
 
     def _finish_reason(self, last: TextDelta) -> str | None:
         called = self._parsers[last.choice].num_calls and last.finish_reason == "stop"

@@ -51,7 +51,6 @@ NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "prompt_cache_options": only(),
     "prompt_cache_retention": of_kind(str),
     "prompt_embeds": only(),
-    "prompt_logprobs": only(instead="logprobs tells those of the answer"),
     "repetition_detection": only(),
     "return_token_ids": only(False, instead="logprobs with return_tokens_as_token_ids tells the ids"),
     "safety_identifier": of_kind(str),

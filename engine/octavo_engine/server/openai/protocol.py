@@ -4,7 +4,7 @@ What has no field here is in fields.py, or unknown. docs/api.md is the list for 
 
 Field names and meanings: OpenAI's API reference; top_k, min_p, repetition_penalty, min_tokens, stop_token_ids,
 include_stop_str_in_output, skip_special_tokens, return_tokens_as_token_ids, request_id, ignore_eos,
-priority and continuous_usage_stats are vLLM's.
+priority, prompt_logprobs and continuous_usage_stats are vLLM's.
 """
 
 from typing import Annotated, Any, Final, Literal, Self, TypeGuard
@@ -173,6 +173,7 @@ class _GenerationBody(Strict):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # a part of the response's id
+    prompt_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None  # as many likely tokens; no stream
 
     @model_validator(mode="before")
     @classmethod
@@ -183,6 +184,8 @@ class _GenerationBody(Strict):
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise RequestInvalid("stream_options needs stream: true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestInvalid("streams do not tell it; leave out stream", param="prompt_logprobs")
         return self
 
     @model_validator(mode="after")
@@ -218,6 +221,11 @@ class _GenerationBody(Strict):
         """How many of the most likely tokens to tell with the logprob of each token; None: no logprobs at all."""
         raise NotImplementedError
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return self.prompt_logprobs
+
     def sampling(self, max_tokens: int, grammar: str | None) -> SamplingParams:
         """Return how the engine chooses tokens; `grammar` is what it takes `wanted_output` for."""
         if (self.min_tokens or 0) > max_tokens:
@@ -238,6 +246,7 @@ class _GenerationBody(Strict):
             logit_bias=tuple((self.logit_bias or {}).items()),
             min_tokens=self.min_tokens or 0,
             num_logprobs=self.num_logprobs,
+            num_prompt_logprobs=self.num_prompt_logprobs,
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
@@ -347,15 +356,18 @@ class CompletionRequest(_GenerationBody):
 
     prompt: Prompts
     echo: bool | None = None  # the prompt is the beginning of the text
-    max_tokens: Annotated[int, Field(ge=1)] | None = _COMPLETION_MAX_TOKENS
-    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = _COMPLETION_MAX_TOKENS  # 0: nothing but the echo
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None  # with echo those of the prompt too
 
     @model_validator(mode="after")
     def _check_echo(self) -> Self:
-        if self.echo and self.logprobs is not None:
+        if self.max_tokens == 0 and not self.echo:
             raise RequestInvalid(
-                "echo with logprobs asks for those of the prompt, which this server does not compute; leave out one",
-                param="echo",
+                "there is nothing to answer without tokens and echo; give at least 1", param="max_tokens"
+            )
+        if self.echo and self.logprobs is not None and self.prompt_logprobs not in {None, self.logprobs}:
+            raise RequestInvalid(
+                "with echo, logprobs are those of the prompt too: give the same", param="prompt_logprobs"
             )
         return self
 
@@ -363,3 +375,8 @@ class CompletionRequest(_GenerationBody):
     def num_logprobs(self) -> int | None:
         """As _GenerationBody says."""
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As _GenerationBody says."""
+        return self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs

@@ -42,6 +42,7 @@ class Choice:
     parts: Parts
     logprobs: Sequence[TextLogprobs] | None = None  # None: they were not asked for
     finish_reason: str | None = None  # None: it goes on
+    prompt_logprobs: Sequence[TextLogprobs] | None = None  # of all tokens of its prompt; the same
 
 
 class Reply(Protocol):
@@ -50,7 +51,7 @@ class Reply(Protocol):
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The answers in one piece."""
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, choice: Choice) -> list[dict[str, Any]]:
         """The chunks before the first text of a choice."""
 
     def piece(self, choice: Choice) -> dict[str, Any]:
@@ -87,11 +88,13 @@ class ChatReply:
             }
             for choice in choices
         ]
-        return self._head | {"choices": bodies, "usage": usage.body()}
+        told = choices[0].prompt_logprobs
+        prompt = {} if told is None else {"prompt_logprobs": _prompt_logprobs(told)}
+        return self._head | {"choices": bodies, "usage": usage.body()} | prompt
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, choice: Choice) -> list[dict[str, Any]]:
         """The role, without text."""
-        return [self._chunk(Choice(index, Parts()), {"role": "assistant", "content": ""})]
+        return [self._chunk(Choice(choice.index, Parts()), {"role": "assistant", "content": ""})]
 
     def piece(self, choice: Choice) -> dict[str, Any]:
         """A chunk of a message."""
@@ -127,26 +130,36 @@ class CompletionReply:
     Args:
         request_id, created, model: as they are in every chunk.
         as_ids: logprobs name tokens by their ids.
-        echoes: by choice, the prompt that its text shall begin with; empty: none shall.
+        echoes: by choice, the prompt that its text, and its logprobs, shall begin with; empty: none shall.
+        tells_prompts: vLLM's prompt_logprobs are asked for.
     """
 
     def __init__(
-        self, request_id: str, created: int, model: str, *, as_ids: bool = False, echoes: Sequence[str] = ()
+        self,
+        request_id: str,
+        created: int,
+        model: str,
+        *,
+        as_ids: bool = False,
+        echoes: Sequence[str] = (),
+        tells_prompts: bool = False,
     ) -> None:
         self._as_ids = as_ids
         self._echoes = echoes
+        self._tells_prompts = tells_prompts
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The answers in one piece."""
-        bodies = [self._choice(choice) for choice in choices]
-        for body, echo in zip(bodies, self._echoes, strict=False):
-            body["text"] = echo + body["text"]
+        bodies = [self._choice(choice, is_begun=False) for choice in choices]
+        if self._tells_prompts:
+            for body, choice in zip(bodies, choices, strict=True):
+                body["prompt_logprobs"] = _prompt_logprobs(choice.prompt_logprobs or ())
         return self._head | {"choices": bodies, "usage": usage.body()}
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, choice: Choice) -> list[dict[str, Any]]:
         """The prompt, where it is asked for."""
-        return [self.piece(Choice(index, Parts(text=self._echoes[index])))] if self._echoes else []
+        return [self._head | {"choices": [self._choice(choice, is_begun=False)]}] if self._echoes else []
 
     def piece(self, choice: Choice) -> dict[str, Any]:
         """A chunk of text."""
@@ -160,11 +173,17 @@ class CompletionReply:
         """A chunk without choices."""
         return self._head | {"choices": [], "usage": usage.body()}
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, choice: Choice, *, is_begun: bool = True) -> dict[str, Any]:
+        """`choice` as a body; if it has not begun, with the prompt where that is asked for."""
+        echo = self._echoes[choice.index] if self._echoes else ""
+        logprobs, text = choice.logprobs, choice.parts.text
+        if not is_begun:
+            text = echo + text
+            logprobs = logprobs if logprobs is None or not echo else [*(choice.prompt_logprobs or ()), *logprobs]
         return {
             "index": choice.index,
-            "text": choice.parts.text,
-            "logprobs": _completion_logprobs(choice.logprobs, as_ids=self._as_ids),
+            "text": text,
+            "logprobs": _completion_logprobs(logprobs, as_ids=self._as_ids, begin=len(echo)),
             "finish_reason": choice.finish_reason,
         }
 
@@ -216,20 +235,42 @@ def _chat_token(token: TokenText, *, as_ids: bool) -> dict[str, Any]:
     }
 
 
-def _completion_logprobs(logprobs: Sequence[TextLogprobs] | None, *, as_ids: bool) -> dict[str, Any] | None:
+def _completion_logprobs(
+    logprobs: Sequence[TextLogprobs] | None, *, as_ids: bool, begin: int = 0
+) -> dict[str, Any] | None:
+    """`begin` is where the answer begins in the text: after its prompt, if that is there."""
     if logprobs is None:
         return None
     name = _id_name if as_ids else _name
     return {
         "tokens": [name(entry.token) for entry in logprobs],
-        "token_logprobs": [max(entry.token.logprob, _LOWEST_LOGPROB) for entry in logprobs],
+        "token_logprobs": [None if entry.is_first else max(entry.token.logprob, _LOWEST_LOGPROB) for entry in logprobs],
         # The token itself is there too, whether it is among the most likely or not.
         "top_logprobs": [
-            {name(token): max(token.logprob, _LOWEST_LOGPROB) for token in (*entry.top, entry.token)}
+            None
+            if entry.is_first
+            else {name(token): max(token.logprob, _LOWEST_LOGPROB) for token in (*entry.top, entry.token)}
             for entry in logprobs
         ],
-        "text_offset": [entry.offset for entry in logprobs],
+        "text_offset": [max(0, begin + entry.offset) for entry in logprobs],
     }
+
+
+def _prompt_logprobs(logprobs: Sequence[TextLogprobs]) -> list[dict[str, Any] | None]:
+    """As vLLM writes them: by token id, null for the first token. The token itself is there in any case."""
+    return [
+        None
+        if entry.is_first
+        else {
+            str(token.token_id): {
+                "logprob": max(token.logprob, _LOWEST_LOGPROB),
+                "rank": rank,
+                "decoded_token": token.text.decode(errors="replace"),
+            }
+            for rank, token in (*enumerate(entry.top, 1), (entry.rank, entry.token))
+        }
+        for entry in logprobs
+    ]
 
 
 def _id_name(token: TokenText) -> str:

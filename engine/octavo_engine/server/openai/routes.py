@@ -1,5 +1,6 @@
 """POST /v1/chat/completions, POST /v1/completions, GET /v1/models."""
 
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -10,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
-from octavo_engine.answer import TextDelta
+from octavo_engine.answer import FinishReason, TextDelta
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.parameters import stop_strings, with_defaults
@@ -85,9 +86,10 @@ async def create_completion(
     request_id = f"cmpl-{uuid.uuid4().hex}"
     grammar = await service.grammar(body.wanted_output)
     generations = []
+    wanted = 1 if body.max_tokens == 0 else body.max_tokens  # a prompt alone is computed by asking for more
     for place, text in enumerate(body.prompt):
         prompt = await model.encode_prompt(text)
-        max_tokens = model.resolve_max_tokens(len(prompt), body.max_tokens, "max_tokens")
+        max_tokens = model.resolve_max_tokens(len(prompt), wanted, "max_tokens")
         generations.append(_generation(model, body, f"{request_id}-{place}", prompt, max_tokens, grammar=grammar))
     admit(len(generations) - 1)
     texts = [one if isinstance(one, str) else model.text_of(one) for one in body.prompt] if body.echo else []
@@ -97,10 +99,21 @@ async def create_completion(
         body.model,
         as_ids=bool(body.return_tokens_as_token_ids),
         echoes=[text for text in texts for _ in range(body.n or 1)],
+        tells_prompts=body.prompt_logprobs is not None,
     )
     streams = [service.generate(model, generation) for generation in generations]
+    if body.max_tokens == 0:
+        streams = [_prompt_alone(stream) for stream in streams]
     num_prompt_tokens = sum(len(generation.prompt_token_ids) for generation in generations)
     return await answer(request, body, streams, reply, num_prompt_tokens)
+
+
+async def _prompt_alone(stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
+    """Leave out what was generated after the prompt."""
+    async with contextlib.aclosing(stream) as deltas:
+        async for delta in deltas:
+            reason: FinishReason | None = "length" if delta.finish_reason is not None else None
+            yield replace(delta, text="", num_tokens=0, logprobs=(), finish_reason=reason)
 
 
 def _shown_id(body: ChatCompletionRequest | CompletionRequest, request_id: str) -> str:
