@@ -173,7 +173,7 @@ def changed(draw: DrawFn, body: Json) -> Any:
         owner, key = places[draw(st.integers(0, len(places) - 1))]
         match draw(st.sampled_from(["another", "another", "gone", "renamed", "repeated"])):
             case "another":
-                owner[key] = draw(ANYTHING)
+                owner[key] = copy.deepcopy(draw(ANYTHING))  # which may be drawn again, as it was
             case "gone":
                 del owner[key]
             case "renamed" if isinstance(owner, dict):
