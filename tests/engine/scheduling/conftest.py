@@ -221,6 +221,7 @@ class Engine:
         self.finished: dict[str, str] = {}
         self.num_cached_tokens: dict[str, int] = {}
         self.alone: dict[str, tuple[tuple[int, ...], str]] = {}  # what each should get, and how it should end
+        self.num_prompt_tokens: dict[str, int] = {}
         self.num_told: dict[str, int] = {}  # tokens of the prompts of those that ask for their logprobs
         self.num_steps = 0
         self._num_added = 0
@@ -236,6 +237,7 @@ class Engine:
         """Add a request; the options are AddRequest's."""
         message = AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options)
         self.scheduler.add(message)
+        self.num_prompt_tokens[request_id] = len(prompt)
         if sampling.num_prompt_logprobs is not None:
             self.num_told[request_id] = 0
         for choice in range(message.num_choices):
@@ -269,9 +271,8 @@ class Engine:
                 self.num_told[update.request_id] += 1
                 assert logprobs.logprob == self.num_told[update.request_id], "told twice, or not"
             if update.token_ids and update.request_id in self.num_told:
-                num_generated = len(self.outputs[key]) + len(update.token_ids)
-                num_prompt_tokens = len(self.runner.sequences[key]) - num_generated
-                assert self.num_told[update.request_id] == num_prompt_tokens - 1, "a token before its prompt is told"
+                num_to_tell = self.num_prompt_tokens[update.request_id] - 1
+                assert self.num_told[update.request_id] == num_to_tell, "a token before its prompt is told"
             self.outputs[key] += update.token_ids
             self.num_cached_tokens[key] = update.num_cached_tokens
             if update.finish_reason is not None:
