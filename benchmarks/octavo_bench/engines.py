@@ -36,67 +36,74 @@ _STOP_SECONDS: Final = 60.0
 
 @dataclass(frozen=True)
 class NextToken:
-    """What an engine says of the token after a prompt."""
+    """What an engine says of one token of a text, given those before it."""
 
-    logprob: float  # of the token that was asked about
+    logprob: float  # of the token
     top: Mapping[int, float]  # the likeliest token ids -> their log probabilities
 
 
 class Dialect(Protocol):
-    """How an engine is asked for a NextToken."""
+    """How an engine is asked about every token of a text but the first."""
 
     path: str
 
-    def body(self, prompt: Sequence[int], target: int, num_top: int) -> dict[str, Any]:
-        """A request that generates `target` after the prompt and tells the likeliest tokens."""
+    def bodies(self, tokens: Sequence[int], num_top: int) -> list[dict[str, Any]]:
+        """The requests whose answers, in this order, tell of all of them."""
 
-    def read(self, answer: dict[str, Any]) -> NextToken:
-        """The engine's answer."""
+    def read(self, answer: dict[str, Any], tokens: Sequence[int]) -> list[NextToken]:
+        """What one answer tells, of the text's next tokens, which begin with `tokens`."""
 
 
 class OpenAIDialect:
-    """/v1/completions of vLLM and Octavo, with vLLM's way of naming tokens by id. A bias of 100 forces the token."""
+    """/v1/completions of vLLM and Octavo, with vLLM's prompt_logprobs: one request tells of the whole text."""
 
     path = "/v1/completions"
 
-    def body(self, prompt: Sequence[int], target: int, num_top: int) -> dict[str, Any]:
+    def bodies(self, tokens: Sequence[int], num_top: int) -> list[dict[str, Any]]:
         """As in Dialect."""
-        return {
-            "model": MODEL_NAME,
-            "prompt": list(prompt),
-            "max_tokens": 1,
-            "temperature": 0,
-            "logit_bias": {str(target): 100},
-            "logprobs": num_top,
-            "return_tokens_as_token_ids": True,
-        }
+        return [
+            {
+                "model": MODEL_NAME,
+                "prompt": list(tokens),
+                "max_tokens": 1,
+                "temperature": 0,
+                "prompt_logprobs": num_top,
+            }
+        ]
 
-    def read(self, answer: dict[str, Any]) -> NextToken:
+    def read(self, answer: dict[str, Any], tokens: Sequence[int]) -> list[NextToken]:
         """As in Dialect."""
-        logprobs = answer["choices"][0]["logprobs"]
-        top = {int(name.removeprefix("token_id:")): value for name, value in logprobs["top_logprobs"][0].items()}
-        return NextToken(logprobs["token_logprobs"][0], top)
+        _, *told = answer["choices"][0]["prompt_logprobs"]
+        found = []
+        for token, entries in zip(tokens, told, strict=True):
+            logprobs = {int(token_id): entry["logprob"] for token_id, entry in entries.items()}
+            found.append(NextToken(logprobs[token], logprobs))
+        return found
 
 
 class LlamaCppDialect:
-    """llama-server's own /completion: log probabilities of the raw logits, tokens by id."""
+    """llama-server's own /completion: log probabilities of the raw logits, tokens by id. A bias forces the token."""
 
     path = "/completion"
 
-    def body(self, prompt: Sequence[int], target: int, num_top: int) -> dict[str, Any]:
+    def bodies(self, tokens: Sequence[int], num_top: int) -> list[dict[str, Any]]:
         """As in Dialect."""
-        return {
-            "prompt": list(prompt),
-            "n_predict": 1,
-            "temperature": 0,
-            "logit_bias": [[target, 100.0]],
-            "n_probs": num_top,
-        }
+        return [
+            {
+                "prompt": list(tokens[:position]),
+                "n_predict": 1,
+                "temperature": 0,
+                "logit_bias": [[tokens[position], 100.0]],
+                "n_probs": num_top,
+            }
+            for position in range(1, len(tokens))
+        ]
 
-    def read(self, answer: dict[str, Any]) -> NextToken:
+    def read(self, answer: dict[str, Any], tokens: Sequence[int]) -> list[NextToken]:
         """As in Dialect."""
+        del tokens
         (first,) = answer["completion_probabilities"]
-        return NextToken(first["logprob"], {top["id"]: top["logprob"] for top in first["top_logprobs"]})
+        return [NextToken(first["logprob"], {top["id"]: top["logprob"] for top in first["top_logprobs"]})]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """How far an engine's probabilities are from float32's, on a fixed text that it is made to follow.
 
-The text is cut into windows. For each position of each window the engine gets the tokens so far as a prompt and is made
-to generate the text's own next token; it tells that token's log probability and those of the likeliest NUM_TOP. All
-engines are asked in the same way, through their servers, with as many requests at once as the busiest cell has, so that
-the numbers come from the code paths that the speeds come from.
+The text is cut into windows. For each token of a window but the first, the engine tells its log probability after those
+before it, and those of the likeliest NUM_TOP: all of a window at once where its server has prompt_logprobs, else one
+after the other, made to generate the text's own token. Several requests are sent at once, so that the numbers come from
+the code paths that the speeds come from.
 
 Two figures come of it:
 
@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from octavo_bench import client
-from octavo_bench.engines import NUM_USERS
 from octavo_cluster import shell
 
 if TYPE_CHECKING:
@@ -85,25 +84,27 @@ async def measure(server: Server, truth: Reference) -> Quality:
     Raises:
         RequestFailed: it does not answer, or gives no log probabilities.
     """
-    places = iter([(window, position) for position in range(1, WINDOW) for window in range(WINDOWS)])
-    dialect, divergences, logprobs = server.engine.dialect, [], []
+    divergences, logprobs = [], []
 
-    async def user() -> None:
-        for window, position in places:
-            tokens = truth.token_ids[window]
-            told = await _ask(server.url, dialect, tokens[:position].tolist(), int(tokens[position]))
-            known = {**told.top, int(tokens[position]): told.logprob}
-            divergences.append(coarse_kl(truth.logprobs[window, position - 1], known))
-            logprobs.append(told.logprob)
+    async def user(window: int) -> None:
+        tokens = truth.token_ids[window].tolist()
+        position = 1
+        for body in server.engine.dialect.bodies(tokens, NUM_TOP):
+            for told in await _ask(server.url, server.engine.dialect, body, tokens[position:]):
+                known = {**told.top, tokens[position]: told.logprob}
+                divergences.append(coarse_kl(truth.logprobs[window, position - 1], known))
+                logprobs.append(told.logprob)
+                position += 1
+        assert position == len(tokens)
 
-    await asyncio.gather(*(user() for _ in range(NUM_USERS)))
+    await asyncio.gather(*map(user, range(WINDOWS)))
     return Quality(len(logprobs), float(np.mean(divergences)), math.exp(-float(np.mean(logprobs))))
 
 
-async def _ask(url: str, dialect: Dialect, prompt: list[int], target: int) -> NextToken:
-    answer: dict[str, Any] = await client.post(url + dialect.path, dialect.body(prompt, target, NUM_TOP))
+async def _ask(url: str, dialect: Dialect, body: dict[str, Any], tokens: list[int]) -> list[NextToken]:
+    answer = await client.post(url + dialect.path, body)
     try:
-        return dialect.read(answer)
+        return dialect.read(answer, tokens)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise client.RequestFailed(f"{url}: no log probabilities in {str(answer)[:300]}") from error
 

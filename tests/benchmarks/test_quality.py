@@ -47,17 +47,15 @@ def test_a_wrong_token_costs_what_the_formula_says() -> None:
     assert coarse_kl(reference, {0: math.log(0.8)}) == pytest.approx(expected)
 
 
-def test_both_dialects_read_the_token_and_the_likeliest_ones_by_id() -> None:
-    expected = NextToken(-3.0, {7: -0.5, 9: -1.5})
-    openai = {
-        "choices": [
-            {"logprobs": {"token_logprobs": [-3.0], "top_logprobs": [{"token_id:7": -0.5, "token_id:9": -1.5}]}}
-        ]
-    }
+def test_a_dialect_asks_about_every_token_but_the_first_and_reads_what_is_told_by_id() -> None:
+    expected = NextToken(-3.0, {7: -0.5, 9: -1.5, 5: -3.0})
+    openai = {"choices": [{"prompt_logprobs": [None, {str(id_): {"logprob": x} for id_, x in expected.top.items()}]}]}
     llama_cpp = {
         "completion_probabilities": [
-            {"id": 5, "logprob": -3.0, "top_logprobs": [{"id": 7, "logprob": -0.5}, {"id": 9, "logprob": -1.5}]}
+            {"id": 5, "logprob": -3.0, "top_logprobs": [{"id": id_, "logprob": x} for id_, x in expected.top.items()]}
         ]
     }
-    assert OpenAIDialect().read(openai) == expected
-    assert LlamaCppDialect().read(llama_cpp) == expected
+    assert OpenAIDialect().read(openai, [5]) == [expected]
+    assert LlamaCppDialect().read(llama_cpp, [5, 6]) == [expected]
+    assert len(OpenAIDialect().bodies([1, 5, 6], 20)) == 1
+    assert [body["prompt"] for body in LlamaCppDialect().bodies([1, 5, 6], 20)] == [[1], [1, 5]]
