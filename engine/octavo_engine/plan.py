@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from octavo_engine.messages import EngineFacts
 
 
-# A step has room for the logits of max_num_seqs requests and of so many tokens of prompts whose logprobs are asked for.
-NUM_PROMPT_ROWS: Final = 16
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends. Validated at the HTTP edge: every value is legal."""

@@ -63,8 +63,9 @@ from msgspec.structs import replace
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.kvcache.manager import KVCacheManager
 from octavo_engine.messages import RequestUpdate, SchedulerStats
-from octavo_engine.plan import NUM_PROMPT_ROWS, TO_BE_DRAFTED, ScheduledRequest, StepPlan
+from octavo_engine.plan import TO_BE_DRAFTED, ScheduledRequest, StepPlan
 from octavo_engine.request import Request, RequestStatus
+from octavo_engine.sizing import NUM_PROMPT_ROWS
 from octavo_engine.speculation import count_right
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from octavo_engine.cpu import compute as cpu
 from octavo_engine.errors import ConfigError, ModelDoesNotFit
-from octavo_engine.plan import NUM_PROMPT_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +26,8 @@ MIB = 2**20
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # where torch computes
 BLOCK_SIZES = {"cpu": 8, "cuda": 16}  # KV slots in a block, by device
+# A step has room for the logits of max_num_seqs requests and of so many tokens of prompts whose logprobs are asked for.
+NUM_PROMPT_ROWS = 16
 
 # What two processes take before there is a model, in anonymous memory and in the parts of libraries that are in use.
 # Measured on x86-64 with Python 3.11 and the CPU build of torch 2.13, rounded up: the API process has 65 MiB with a

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from octavo_engine.config import SpeculativeConfig
 from octavo_engine.messages import AddRequest
 from octavo_engine.plan import (
-    NUM_PROMPT_ROWS,
     RequestResult,
     SamplingParams,
     ScheduledRequest,
@@ -21,6 +20,7 @@ from octavo_engine.plan import (
     TokenLogprobs,
 )
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.sizing import NUM_PROMPT_ROWS
 from octavo_engine.speculation import DraftProposer, Speculation
 
 if TYPE_CHECKING:

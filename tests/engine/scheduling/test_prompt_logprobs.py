@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.engine.scheduling.conftest import Engine
 
-from octavo_engine.plan import NUM_PROMPT_ROWS, SamplingParams
+from octavo_engine.plan import SamplingParams
+from octavo_engine.sizing import NUM_PROMPT_ROWS
 
 PROMPT = tuple(1 + i * i % 19 for i in range(150))
 TELLING = SamplingParams(max_tokens=3, ignore_eos=True, num_prompt_logprobs=1)
