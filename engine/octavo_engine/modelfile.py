@@ -22,7 +22,7 @@ _ROLES: Final = ("system", "user", "assistant")
 _ONCE: Final = ("FROM", "TEMPLATE", "SYSTEM", "REQUIRES")  # a second one would silently replace the first
 _LACKING: Final = {
     "ADAPTER": "this engine has no LoRA adapters yet: merge the adapter into the model first",
-    "DRAFT": "this engine has no speculative decoding yet",
+    "DRAFT": "guesses are set for a whole server: octavo serve --speculative-config",
     "RENDERER": "only TEMPLATE says how messages become a prompt",
     "PARSER": "only TEMPLATE says how messages become a prompt",
 }

@@ -60,7 +60,7 @@ def _one_of(*values: object) -> Callable[[object], bool]:
 
 # Parameters that the engine lacks: the values at which they ask for nothing, and what to do instead.
 _LACKING: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
-    "draft_num_predict": (_one_of(0), "there is no speculative decoding yet"),
+    "draft_num_predict": (_one_of(0), "guesses are set for a whole server: octavo serve --speculative-config"),
     "embedding_only": (_one_of(False), "use /api/embed"),
     "f16_kv": (_one_of(True), "--dtype of `octavo serve` sets the type of the KV cache"),
     "logits_all": (_one_of(False), "use logprobs"),

@@ -37,7 +37,7 @@ _LACKING: Final = {
     "adapter": "this engine has no LoRA adapters yet",
     "tensor": "it is stored tensor by tensor, which this engine does not read; take its GGUF or safetensors files",
     "embed": "embeddings in a Modelfile are not supported",
-    "draft": "this engine has no speculative decoding yet",
+    "draft": "guesses are set for a whole server: octavo serve --speculative-config",
 }
 
 
