@@ -286,6 +286,14 @@ def shutdown_timeout() -> float:
     return 60.0
 
 
+def with_template(model: Path, folder: Path, template: str) -> ServerConfig:
+    """A server of the fake model with another chat template; empty: with its own."""
+    path = folder / "template.jinja"
+    path.write_text(template)
+    engine = EngineConfig(model=model, served_model_names=("fake",), max_model_len=4000, enable_prefix_caching=False)
+    return ServerConfig(engine=engine, chat_template=path if template else None)
+
+
 @pytest.fixture
 def config(fake_model_path: Path, shutdown_timeout: float) -> ServerConfig:
     """A server of the fake model under two names."""

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from ollama import AsyncClient, ResponseError
-from tests.engine.serving.conftest import CALL, TEMPLATE, WEATHER
+from tests.engine.serving.conftest import CALL, TEMPLATE, WEATHER, with_template
 
-from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.errors import ModelUnsupported
 from octavo_engine.server.ollama import describe
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     import httpx
     from tests.engine.conftest import WriteGGUF
     from tests.engine.serving.conftest import FakeEngine
+
+    from octavo_engine.config import ServerConfig
 
 HI: Final = [{"role": "user", "content": "Hi"}]
 PARIS: Final = {"city": "Paris"}
@@ -33,12 +34,7 @@ def template() -> str:
 
 @pytest.fixture
 def config(fake_model_path: Path, tmp_path: Path, template: str) -> ServerConfig:
-    path = tmp_path / "template.jinja"
-    path.write_text(template)
-    engine = EngineConfig(
-        model=fake_model_path, served_model_names=("fake",), max_model_len=4000, enable_prefix_caching=False
-    )
-    return ServerConfig(engine=engine, chat_template=path if template else None)
+    return with_template(fake_model_path, tmp_path, template)
 
 
 def get_weather(city: str) -> str:

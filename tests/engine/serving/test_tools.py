@@ -6,15 +6,15 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from tests.engine.serving.conftest import CALL, TEMPLATE, WEATHER
-
-from octavo_engine.config import EngineConfig, ServerConfig
+from tests.engine.serving.conftest import CALL, TEMPLATE, WEATHER, with_template
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import httpx
     from tests.engine.serving.conftest import FakeEngine
+
+    from octavo_engine.config import ServerConfig
 
 OPENS_A_THOUGHT: Final = TEMPLATE + "<think>\n"
 TWO_CALLS: Final = f"I look.\n{CALL}\n{CALL}"
@@ -29,12 +29,7 @@ def template() -> str:
 @pytest.fixture
 def config(fake_model_path: Path, tmp_path: Path, template: str) -> ServerConfig:
     """A server of the fake model with another chat template."""
-    path = tmp_path / "template.jinja"
-    path.write_text(template)
-    engine = EngineConfig(
-        model=fake_model_path, served_model_names=("fake",), max_model_len=4000, enable_prefix_caching=False
-    )
-    return ServerConfig(engine=engine, chat_template=path if template else None)
+    return with_template(fake_model_path, tmp_path, template)
 
 
 def chat(**fields: Any) -> dict[str, Any]:
