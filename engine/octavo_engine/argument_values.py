@@ -12,9 +12,10 @@ import json
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from octavo_engine.config import EngineConfig, ServerConfig, SpeculativeConfig
+from octavo_engine.config import EngineConfig, LoraModule, ServerConfig, SpeculativeConfig
 from octavo_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +83,14 @@ def api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable() or text != text.strip() or not text:
         raise argparse.ArgumentTypeError("a key has printable ASCII characters and no space at its ends")
     return text
+
+
+def lora_module(text: str) -> LoraModule:
+    """Read NAME=PATH, the name of an adapter and where it is."""
+    name, separator, path = text.partition("=")
+    if not separator or not name or not path or text.startswith("{"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return LoraModule(name, Path(path).absolute())
 
 
 def origins(text: str) -> tuple[str, ...]:

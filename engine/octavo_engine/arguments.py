@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 import octavo_engine
 from octavo_engine.argument_values import DEFAULTS, api_key, between, one_stage, or_auto, size, speculation, whole
 from octavo_engine.config import Device, DType, Quantization
-from octavo_engine.server_arguments import LOCAL_ADDRESS, add_access_options, add_server_options, add_termination_log
+from octavo_engine.server_arguments import (
+    LOCAL_ADDRESS,
+    add_access_options,
+    add_lora_options,
+    add_server_options,
+    add_termination_log,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,9 +69,8 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         help=f"{_MODEL_HELP} (default: every model of the store, each loaded when it is asked for, as Ollama does)",
     )
     _add_revision(serve)
-    add_server_options(serve)
-    add_access_options(serve)
-    _add_engine_options(serve)
+    for add_options in (add_server_options, add_access_options, _add_engine_options, add_lora_options):
+        add_options(serve)
 
     run = add("run", "talk to a model on the terminal", epilog=_ENVIRONMENT_HELP)
     _add_model(run)

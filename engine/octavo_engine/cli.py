@@ -72,8 +72,8 @@ def _serve(options: argparse.Namespace) -> None:
     if options.model is None:
         from octavo_engine.server.run import serve_many
 
-        for name in ("served_model_name", "revision", "tokenizer", "profiles"):
-            if getattr(options, name) is not None:
+        for name in ("served_model_name", "revision", "tokenizer", "profiles", "enable_lora", "lora_modules"):
+            if getattr(options, name):
                 raise ConfigError(f"--{name.replace('_', '-')} is for one model: give it, or leave the option out")
         if options.speculative_config is not None and options.speculative_config.model is not None:
             raise ConfigError("--speculative-config: 'model' is for one model: give it, or use the method \"ngram\"")
@@ -200,6 +200,7 @@ def _push(options: argparse.Namespace) -> None:
 
 def _create(options: argparse.Namespace) -> None:
     from octavo_engine.modelfile import parse_modelfile
+    from octavo_engine.models.adapter import read_adapter
     from octavo_engine.store import derived
     from octavo_engine.store.local import locate
 
@@ -212,6 +213,9 @@ def _create(options: argparse.Namespace) -> None:
         raise ModelfileInvalid(f"{options.file}: {error}") from error
     beside = options.file.resolve().parent / modelfile.source
     location = _pull_if_missing(locate(str(beside) if beside.exists() else modelfile.source, _store()))
+    if modelfile.adapter:
+        modelfile = replace(modelfile, adapter=str(options.file.resolve().parent / modelfile.adapter))
+        read_adapter(Path(modelfile.adapter), _read_model(location).spec)  # what is wrong with it is told now
     path = derived.save(options.name, modelfile.over(location.own_modelfile()), _store())
     print(f"created {options.name} ({path})")
 
@@ -360,7 +364,8 @@ def _hub(environment: Mapping[str, str]) -> Hub:
 
 def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
     """Every option of the engine is a field of its configuration, under the same name."""
-    return {field.name: getattr(options, field.name) for field in fields(EngineConfig) if field.name in options}
+    given = {field.name: getattr(options, field.name) for field in fields(EngineConfig) if field.name in options}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _engine_config(options: argparse.Namespace, location: Location, names: tuple[str, ...]) -> EngineConfig:

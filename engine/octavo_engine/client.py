@@ -13,15 +13,18 @@ import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 from octavo_engine import liveness
-from octavo_engine.errors import EngineDead, EngineRefused, PeerGone
+from octavo_engine.errors import EngineDead, EngineRefused, ModelNotFound, PeerGone, RequestInvalid
 from octavo_engine.messages import (
     AbortRequest,
+    AdapterLoaded,
     AddRequest,
     EngineFacts,
+    LoadAdapter,
     Loading,
     Refused,
     Shutdown,
     StepOutputs,
+    UnloadAdapter,
 )
 from octavo_engine.process import how_it_ended
 from octavo_engine.stream import Answered, UpdateStream
@@ -30,6 +33,7 @@ from octavo_engine.transport import ClientChannel
 if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncGenerator, Callable, Sequence
+    from pathlib import Path
 
     from octavo_engine.config import EngineConfig
     from octavo_engine.messages import RequestUpdate, SchedulerStats, ToEngine
@@ -101,6 +105,8 @@ class EngineClient:
         self._ready: asyncio.Future[EngineFacts] = loop.create_future()
         self._death: asyncio.Future[str] = loop.create_future()
         self._last_words: Refused | None = None
+        self._adapters: dict[int, asyncio.Future[AdapterLoaded]] = {}  # that are being loaded
+        self._retired: set[int] = set()  # adapters that no further request may name
         self._tasks = [asyncio.create_task(task) for task in (self._receive(), self._send(), self._watch())]
 
     @classmethod
@@ -150,6 +156,8 @@ class EngineClient:
         sampling: SamplingParams,
         num_choices: int = 1,
         priority: int = 0,
+        *,
+        adapter: int = 0,
     ) -> AsyncGenerator[RequestUpdate, None]:
         """Run a request; yield its new tokens as they come, of each choice the last time with `finish_reason`.
 
@@ -158,7 +166,12 @@ class EngineClient:
 
         Raises:
             EngineDead: the engine process ended before the request did.
+            RequestInvalid: its adapter has just been unloaded.
         """
+        if adapter in self._retired:
+            raise RequestInvalid(
+                "this LoRA adapter has been unloaded", param="model", code="model_not_found", status=404
+            )
         if self._death.done():
             raise EngineDead(self._death.result())
         request = AddRequest(
@@ -167,6 +180,7 @@ class EngineClient:
             sampling=sampling,
             num_choices=num_choices,
             priority=priority,
+            adapter=adapter,
         )
         stream = self._streams[request_id] = UpdateStream(request, time.monotonic())
         self._outbox.put_nowait(request)
@@ -180,11 +194,54 @@ class EngineClient:
                 self._observer.on_answered(answered)
             if not stream.is_finished:
                 self._outbox.put_nowait(AbortRequest(request_id=request_id))
+            if adapter in self._retired:
+                self._unload_if_unused(adapter)
 
     def stop_choice(self, request_id: str, choice: int) -> None:
         """End one choice of a request that `generate` runs; there will be no more updates of it."""
         self._streams[request_id].drop(choice)
         self._outbox.put_nowait(AbortRequest(request_id=request_id, choice=choice))
+
+    async def load_adapter(self, adapter: int, path: Path) -> None:
+        """Load a LoRA adapter, which `generate` may name from then on.
+
+        Args:
+            adapter: its number, above those of all before.
+            path: of its folder or file.
+
+        Raises:
+            RequestInvalid: it cannot be loaded.
+            EngineDead: the engine process ended.
+        """
+        if self._death.done():
+            raise EngineDead(self._death.result())
+        loaded = self._adapters[adapter] = asyncio.get_running_loop().create_future()
+        self._outbox.put_nowait(LoadAdapter(adapter=adapter, path=str(path)))
+        try:
+            await asyncio.wait((loaded, self._death), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._adapters[adapter]
+        if not loaded.done():
+            raise EngineDead(self._death.result())
+        answer = loaded.result()
+        if answer.error is not None:
+            status = 404 if answer.reason == ModelNotFound.__name__ else 400
+            raise RequestInvalid(answer.error, param="lora_path", status=status)
+
+    def unload_adapter(self, adapter: int) -> None:
+        """Let no further request name an adapter; the engine forgets it once those that run have ended."""
+        self._retired.add(adapter)
+        self._unload_if_unused(adapter)
+
+    def adapters_in_use(self) -> tuple[set[int], set[int]]:
+        """Adapters of requests that run, and of those that wait for their first step."""
+        running = {stream.request.adapter for stream in self._streams.values() if stream.begun is not None}
+        waiting = {stream.request.adapter for stream in self._streams.values() if stream.begun is None}
+        return running, waiting
+
+    def _unload_if_unused(self, adapter: int) -> None:
+        if all(stream.request.adapter != adapter for stream in self._streams.values()):
+            self._outbox.put_nowait(UnloadAdapter(adapter=adapter))
 
     async def close(self) -> None:
         """End the engine process; what still runs there is dropped and told so."""
@@ -232,6 +289,9 @@ class EngineClient:
                         self._ready.set_result(message)
                     case Refused():
                         self._last_words = message
+                    case AdapterLoaded():
+                        if (loaded := self._adapters.get(message.adapter)) is not None:
+                            loaded.set_result(message)
         except PeerGone:
             pass
         except Exception:  # noqa: BLE001 - whatever it is, this engine cannot be listened to any more

@@ -19,6 +19,8 @@ LogFormat = Literal["text", "json"]
 Quantization = Literal["auto", "none", "gptq", "awq", "fp8", "compressed-tensors"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
+DEFAULT_MAX_LORA_RANK = 16  # vLLM's
+
 # Who comes when so many wait would get the first token after about as many whole answers: better to go elsewhere.
 DEFAULT_QUEUED_PER_RUNNING = 4
 
@@ -80,6 +82,14 @@ def _whole(given: dict[str, object], key: str, most: int | None) -> int:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """A LoRA adapter that is served from the start."""
+
+    name: str  # what clients call it
+    path: Path  # a folder as PEFT writes it, or a GGUF file
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """What the engine core needs to load a model and schedule requests."""
@@ -102,6 +112,11 @@ class EngineConfig:
     deterministic: bool = False  # a request's tokens may not depend on the other requests; refused where they would
     log_format: LogFormat = "text"  # of the lines that this process writes while it runs
     seed: int = 0  # seeds the sampling of requests that bring no seed of their own
+    enable_lora: bool = False  # requests may name LoRA adapters, those of lora_modules and such as are loaded later
+    lora_modules: tuple[LoraModule, ...] = ()
+    max_loras: int | None = None  # adapters that may be loaded at once; None: as many as lora_modules has, at least one
+    max_lora_rank: int = DEFAULT_MAX_LORA_RANK  # of any of them
+    adapter: Path | None = None  # of the model itself, as its Modelfile says: for every request that names no other
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -117,10 +132,47 @@ class EngineConfig:
                 f"step has room for: --max-num-batched-tokens is {self.max_num_batched_tokens}"
             )
 
+        self._check_adapters()
+
     @property
     def num_speculative_tokens(self) -> int:
         """Most guesses that a request has in a step; 0 without speculation."""
         return 0 if self.speculative_config is None else self.speculative_config.num_speculative_tokens
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """Those that are loaded with the model; the number of the first is 1."""
+        own = () if self.adapter is None else (self.adapter,)
+        return (*own, *(module.path for module in self.lora_modules))
+
+    @property
+    def own_adapter(self) -> int:
+        """The number of the model's own adapter; 0: it has none."""
+        return int(self.adapter is not None)
+
+    @property
+    def num_adapter_slots(self) -> int:
+        """How many adapters requests may name; the model's own is none of them."""
+        return (self.max_loras or max(1, len(self.lora_modules))) if self.enable_lora else 0
+
+    def _check_adapters(self) -> None:
+        given = {
+            "--lora-modules": bool(self.lora_modules),
+            "--max-loras": self.max_loras is not None,
+            "--max-lora-rank": self.max_lora_rank != DEFAULT_MAX_LORA_RANK,
+        }
+        if not self.enable_lora and (option := next((name for name, is_given in given.items() if is_given), None)):
+            raise ConfigError(f"{option} has no effect without --enable-lora: give it too")
+        if self.tensor_parallel_size > 1 and (self.enable_lora or self.adapter is not None):
+            what = "--enable-lora" if self.enable_lora else "the ADAPTER of this model's Modelfile"
+            raise ConfigError(f"{what}: LoRA adapters are not split over devices yet; use --tensor-parallel-size 1")
+        if len(self.lora_modules) > self.num_adapter_slots:
+            raise ConfigError(
+                f"--max-loras {self.max_loras} is less than the {len(self.lora_modules)} of --lora-modules: raise it"
+            )
+        names = [*self.served_model_names, *(module.name for module in self.lora_modules)]
+        if twice := next((module.name for module in self.lora_modules if names.count(module.name) > 1), None):
+            raise ConfigError(f"--lora-modules: {twice} would be the name of two: give each another one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,18 +17,22 @@ import logging
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from octavo_engine import logs
 from octavo_engine.errors import PeerGone, RequestInvalid, UserError
 from octavo_engine.messages import (
     AbortRequest,
+    AdapterLoaded,
     AddRequest,
+    LoadAdapter,
     Loading,
     Refused,
     RequestUpdate,
     Shutdown,
     StepOutputs,
+    UnloadAdapter,
 )
 from octavo_engine.planning import plan_ahead
 from octavo_engine.process import bind_to_parent
@@ -39,7 +43,6 @@ from octavo_engine.transport import EngineChannel, config_from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from octavo_engine.config import EngineConfig
     from octavo_engine.errors import Facts
@@ -75,6 +78,7 @@ def run_loop(channel: EngineChannel, scheduler: Scheduler, model: LoadedModel, g
     while True:
         wait = _PENDING_WAIT_SECONDS if grammars else IDLE_WAIT_SECONDS
         messages = grammars.hold_back(channel.receive(timeout=0 if scheduler.has_requests else wait))
+        change_adapters(messages, channel, model)
         updates = deliver(messages, scheduler, model.vocab_size, grammars.compiled())
         started = time.monotonic()
         plan = scheduler.schedule()
@@ -135,7 +139,26 @@ def deliver(
                 scheduler.abort(message.request_id, message.choice)
             case Shutdown():
                 raise ShutdownRequested
+            case LoadAdapter() | UnloadAdapter():
+                pass  # they are the model's, and done
     return tuple(refusals)
+
+
+def change_adapters(messages: Iterable[ToEngine], channel: EngineChannel, model: LoadedModel) -> None:
+    """Load and unload LoRA adapters, before a request of the same messages names one."""
+    for message in messages:
+        if not isinstance(message, LoadAdapter | UnloadAdapter):
+            continue
+        assert model.adapters is not None, "the API process asks for none where the options do not"
+        if isinstance(message, UnloadAdapter):
+            model.adapters.unload(message.adapter)
+            continue
+        try:
+            model.adapters.load(message.adapter, Path(message.path))
+        except UserError as error:
+            channel.send(AdapterLoaded(adapter=message.adapter, error=str(error), reason=error.reason))
+        else:
+            channel.send(AdapterLoaded(adapter=message.adapter))
 
 
 def check_token_ids(request: AddRequest, vocab_size: int) -> None:

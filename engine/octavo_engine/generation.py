@@ -112,10 +112,12 @@ class LanguageModel:
         client: an engine that is ready.
         facts: what it said when it became so.
         text: tokenizer and chat template.
+        adapter: number of the LoRA adapter that computes its answers; 0: none does.
     """
 
-    def __init__(self, client: EngineClient, facts: EngineFacts, text: TextModel) -> None:
+    def __init__(self, client: EngineClient, facts: EngineFacts, text: TextModel, adapter: int = 0) -> None:
         self.facts = facts
+        self.adapter = adapter
         self._client = client
         self._text = text
         self._tokenizer = text.tokenizer
@@ -126,7 +128,11 @@ class LanguageModel:
 
     def with_modelfile(self, modelfile: Modelfile) -> LanguageModel:
         """Return another model of the same engine, which a Modelfile makes of this one. Raises as TextModel's."""
-        return LanguageModel(self._client, self.facts, self._text.with_modelfile(modelfile))
+        return LanguageModel(self._client, self.facts, self._text.with_modelfile(modelfile), self.adapter)
+
+    def with_adapter(self, adapter: int) -> LanguageModel:
+        """Return the model that a LoRA adapter of the same engine makes of this one."""
+        return LanguageModel(self._client, self.facts, self._text, adapter)
 
     @property
     def has_template(self) -> bool:
@@ -335,7 +341,12 @@ class LanguageModel:
         tells_prompt = request.sampling.num_prompt_logprobs is not None
         prompt = PromptTokens(self._tokenizer, request.prompt_token_ids) if tells_prompt else None
         updates = self._client.generate(
-            request.request_id, request.prompt_token_ids, request.sampling, request.num_choices, request.priority
+            request.request_id,
+            request.prompt_token_ids,
+            request.sampling,
+            request.num_choices,
+            request.priority,
+            adapter=self.adapter,
         )
         async with contextlib.aclosing(updates):
             async for update in updates:
@@ -364,7 +375,9 @@ class LanguageModel:
         """
         sampling = SamplingParams(max_tokens=1, temperature=0, embed=True)
         state = array("f")
-        async with contextlib.aclosing(self._client.generate(request_id, prompt, sampling)) as updates:
+        async with contextlib.aclosing(
+            self._client.generate(request_id, prompt, sampling, adapter=self.adapter)
+        ) as updates:
             async for update in updates:
                 if update.finish_reason != "stop":
                     raise GenerationFailed(update.error or "the engine aborted the request")

@@ -31,6 +31,7 @@ class AddRequest(Message, frozen=True):
     sampling: SamplingParams
     num_choices: int = 1  # answers to generate, at most max_num_seqs; they share the prompt's KV
     priority: int = 0  # lower goes first in admission and is preempted last; of equal ones, who came first
+    adapter: int = 0  # number of a loaded LoRA adapter; 0: the model by itself
 
 
 class AbortRequest(Message, frozen=True):
@@ -38,6 +39,19 @@ class AbortRequest(Message, frozen=True):
 
     request_id: str
     choice: int | None = None  # stop this one alone; None: all of them
+
+
+class LoadAdapter(Message, frozen=True):
+    """Load a LoRA adapter; AdapterLoaded is the answer."""
+
+    adapter: int  # what requests call it: a number above those of all adapters before
+    path: str
+
+
+class UnloadAdapter(Message, frozen=True):
+    """Forget an adapter. The last request that names it has ended, or is aborted by a message before this one."""
+
+    adapter: int
 
 
 class Shutdown(Message, frozen=True):
@@ -74,6 +88,14 @@ class Refused(Message, frozen=True):
     reason: str  # UserError.reason
     message: str
     facts: Facts
+
+
+class AdapterLoaded(Message, frozen=True):
+    """Requests may name the adapter now, unless there is an error."""
+
+    adapter: int
+    error: str | None = None
+    reason: str = ""  # with an error: UserError.reason
 
 
 class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -124,5 +146,5 @@ class StepOutputs(Message, frozen=True):
     prefilled: tuple[str, ...] = ()  # the requests of whose prompts the step computed a part
 
 
-ToEngine = AddRequest | AbortRequest | Shutdown
-ToClient = Loading | EngineFacts | Refused | StepOutputs
+ToEngine = AddRequest | AbortRequest | LoadAdapter | UnloadAdapter | Shutdown
+ToClient = Loading | EngineFacts | Refused | AdapterLoaded | StepOutputs

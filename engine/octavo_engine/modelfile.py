@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from octavo_engine.parameters import Parameters, ParameterValue
 
 _ROLES: Final = ("system", "user", "assistant")
-_ONCE: Final = ("FROM", "TEMPLATE", "SYSTEM", "REQUIRES")  # a second one would silently replace the first
+_ONCE: Final = ("FROM", "ADAPTER", "TEMPLATE", "SYSTEM", "REQUIRES")  # a second one would silently replace the first
 _LACKING: Final = {
-    "ADAPTER": "this engine has no LoRA adapters yet: merge the adapter into the model first",
     "DRAFT": "guesses are set for a whole server: octavo serve --speculative-config",
     "RENDERER": "only TEMPLATE says how messages become a prompt",
     "PARSER": "only TEMPLATE says how messages become a prompt",
@@ -42,6 +41,7 @@ class Modelfile:
     """What a Modelfile says. Empty: nothing, so that the model's own holds."""
 
     source: str  # FROM: a name, or a path
+    adapter: str = ""  # path of a LoRA adapter: a folder as PEFT writes it, or a GGUF file
     parameters: Parameters = field(default_factory=dict)
     template: str = ""  # Go's text/template, as Ollama's models have it
     system: str = ""
@@ -56,6 +56,7 @@ class Modelfile:
             ModelfileInvalid: a text has both kinds of quotes in places where no Modelfile can have them.
         """
         lines = [f"FROM {_quoted(self.source)}"]
+        lines += [f"ADAPTER {_quoted(self.adapter)}"] if self.adapter else []
         lines += [f"REQUIRES {_quoted(self.requires)}"] if self.requires else []
         lines += [f"TEMPLATE {_quoted(self.template)}"] if self.template else []
         lines += [f"SYSTEM {_quoted(self.system)}"] if self.system else []
@@ -73,10 +74,20 @@ class Modelfile:
         ]
 
     def over(self, base: Modelfile) -> Modelfile:
-        """Return what this one makes of a model that `base` made: what it does not say stays."""
+        """Return what this one makes of a model that `base` made: what it does not say stays.
+
+        Raises:
+            ModelfileInvalid: both have an adapter.
+        """
+        if self.adapter and base.adapter:
+            raise ModelfileInvalid(
+                f"ADAPTER {self.adapter}: the model that FROM names has one already ({base.adapter}), and only one is "
+                "computed"
+            )
         return replace(
             self,
             source=base.source,
+            adapter=self.adapter or base.adapter,
             parameters=base.parameters | self.parameters,
             template=self.template or base.template,
             system=self.system or base.system,
@@ -114,6 +125,7 @@ class _Reader:
             raise ModelfileInvalid("there is no FROM: say which model this one is made of")
         return Modelfile(
             source=self._single["FROM"],
+            adapter=self._single.get("ADAPTER", ""),
             parameters=self._parameters,
             template=self._single.get("TEMPLATE", ""),
             system=self._single.get("SYSTEM", ""),
@@ -150,12 +162,12 @@ class _Reader:
                 self._messages.append((role, self._value()))
             case "LICENSE":
                 self._licenses.append(self._value())
-            case "FROM" | "TEMPLATE" | "SYSTEM" | "REQUIRES":
+            case "FROM" | "ADAPTER" | "TEMPLATE" | "SYSTEM" | "REQUIRES":
                 if name in self._single:
                     raise self._error(f"a second {name}")
                 self._single[name] = self._value()
-                if name == "FROM" and not self._single[name]:
-                    raise self._error("FROM names no model")
+                if name in {"FROM", "ADAPTER"} and not self._single[name]:
+                    raise self._error(f"{name} names no {'model' if name == 'FROM' else 'adapter'}")
                 if name == "TEMPLATE":
                     self._check_template(self._single[name])
             case _:

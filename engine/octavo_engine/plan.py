@@ -17,6 +17,7 @@ from octavo_engine.past import PastTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from octavo_engine.messages import EngineFacts
 
@@ -76,6 +77,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     grammar: Grammar | None = None  # set if sampling.grammar; by reference too
     num_proposed: int = 0  # of token_ids, the last ones: guesses at what comes next, or TO_BE_DRAFTED; n is 1 then
     prompt_targets: tuple[int, ...] = ()  # the prompt's tokens after each of token_ids, if their logprobs are asked for
+    adapter: int = 0  # the LoRA adapter that its tokens are computed with, which is loaded; 0: the model by itself
 
     @property
     def proposed(self) -> tuple[int, ...]:
@@ -162,6 +164,22 @@ class Runner(Protocol):
         ...
 
 
+class Adapters(Protocol):
+    """What takes LoRA adapters, between two steps."""
+
+    def load(self, adapter: int, path: Path) -> None:
+        """Read an adapter, which ScheduledRequest.adapter may name from then on.
+
+        Raises:
+            UserError: it is not for this model, is not what this engine computes, or there is no room for it.
+        """
+        ...
+
+    def unload(self, adapter: int) -> None:
+        """Forget an adapter that no request names any more."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What `runner.load_runner(config, on_progress)` gives to the engine loop."""
@@ -170,4 +188,5 @@ class LoadedModel:
     facts: EngineFacts  # block_size, num_blocks and max_model_len are what the scheduler works with
     eos_token_ids: frozenset[int]  # any of these ends a request, unless it asked for ignore_eos
     vocab_size: int  # rows of the embedding: the model knows token ids below this
+    adapters: Adapters | None = None  # None: the options ask for none
     check: Callable[[], None] = lambda: None  # called while idle: raises if what computes is not all there any more

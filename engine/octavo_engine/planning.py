@@ -15,6 +15,7 @@ from octavo_engine import resources, sizing
 from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, cache_dtype
 from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError, HeadsNotDivisible, TensorParallelInvalid, UserError
+from octavo_engine.models.adapter import most_elements, read_adapter
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.sizing import DraftSizes, Memory, MemoryPlan, in_mib
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from octavo_engine.config import EngineConfig
     from octavo_engine.cpu.compute import Compute
     from octavo_engine.errors import Facts
+    from octavo_engine.models.adapter import Adapter
     from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.weights.gguf import TensorInfo
@@ -189,8 +191,15 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: Compute
         check_parallelism(model, config)
         _refuse_contradictions(model, config, device)
         draft = _read_draft(model, config, dtype=dtype, native=memory.native)
-        sizes = None if draft is None else draft[1]
-        divided = sizing.plan_memory(model.spec, model.tensors, config, dtype=dtype, memory=memory, draft=sizes)
+        divided = sizing.plan_memory(
+            model.spec,
+            model.tensors,
+            config,
+            dtype=dtype,
+            memory=memory,
+            draft=None if draft is None else draft[1],
+            adapter_elements=_adapter_elements(model, config),
+        )
     except UserError as error:
         error.facts = model.facts() | error.facts
         raise
@@ -334,6 +343,31 @@ def _tokens(model: Model) -> tuple[bytes, ...]:
     from octavo_engine.text.load import load_tokenizer  # noqa: PLC0415 - for those who have a draft model
 
     return load_tokenizer(model.checkpoint.path).token_bytes
+
+
+def check_rank(adapter: Adapter, config: EngineConfig) -> None:
+    """Check that there is room for an adapter's rank.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if adapter.rank > config.max_lora_rank:
+        raise ConfigError(
+            f"the adapter at {adapter.path} has rank {adapter.rank}, and --max-lora-rank is {config.max_lora_rank}: "
+            "raise it"
+        )
+
+
+def _adapter_elements(model: Model, config: EngineConfig) -> int:
+    """Numbers in the adapters that there is to be room for: those that may be loaded, and the model's own.
+
+    Raises:
+        UserError: one of those that are loaded at the start cannot be.
+    """
+    for module in config.lora_modules:
+        check_rank(read_adapter(module.path, model.spec), config)
+    own = 0 if config.adapter is None else read_adapter(config.adapter, model.spec).num_elements
+    return own + config.num_adapter_slots * most_elements(model.spec, config.max_lora_rank)
 
 
 def _devices(device: str, number: int) -> str:

@@ -227,6 +227,7 @@ class SharedSteps:
     """Steps that all ranks compute: told to the others, then computed here. See Steps."""
 
     chooser: Final = None
+    adapters: Final = None
 
     def __init__(self, ranks: Ranks, own: Steps) -> None:
         self._ranks = ranks

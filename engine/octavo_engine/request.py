@@ -62,6 +62,7 @@ class Request:
     num_told: int = 0  # tokens of the prompt, from the second on, whose logprobs have been told, if they are asked for
     grammar: Grammar | None = None  # where the answer is in what it keeps to
     proposer: Proposer | None = None  # guesses at what comes next
+    adapter: int = 0  # the LoRA adapter that computes it; 0: the model by itself
     past: PastTokens | None = field(init=False)  # what the sampler must know of token_ids, if anything
 
     def __post_init__(self) -> None:
@@ -108,6 +109,7 @@ class Request:
                 num_cached_tokens=self.num_cached_tokens,
                 num_told=self.num_told,
                 grammar=None if self.grammar is None else self.grammar.fork(),
+                adapter=self.adapter,
             )
             for choice in range(self.choice + 1, self.choice + num_choices)
         ]

@@ -20,7 +20,9 @@ from octavo_engine import planning, resources, sampler
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
 from octavo_engine.draft import Drafter
+from octavo_engine.errors import ConfigError, ModelInvalid
 from octavo_engine.messages import EngineFacts
+from octavo_engine.models.adapter import read_adapter
 from octavo_engine.plan import (
     LoadedModel,
     RequestResult,
@@ -32,16 +34,20 @@ from octavo_engine.plan import (
 )
 from octavo_engine.ranks import Ranks
 from octavo_engine.steps import load_torch_steps
+from octavo_engine.weights.low_rank import load_low_rank
 from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from octavo_engine.config import EngineConfig
+    from octavo_engine.models.adapter import Adapter
+    from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.planning import Model, Plan
     from octavo_engine.sampler import Draw
     from octavo_engine.sizing import MemoryPlan
-    from octavo_engine.steps import Steps
+    from octavo_engine.steps import StepAdapters, Steps
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +140,48 @@ def _rows_to_draw_from(plan: StepPlan) -> list[int]:
     return rows
 
 
+class AdapterLoader:
+    """The LoRA adapters of a model: read, checked and handed to what computes its steps. See plan.Adapters."""
+
+    def __init__(self, steps: StepAdapters, spec: DecoderSpec, config: EngineConfig) -> None:
+        """Load those of the options, from number 1 on.
+
+        Raises:
+            UserError: as `load`.
+        """
+        self._steps, self._spec, self._config = steps, spec, config
+        self._loaded: set[int] = set()
+        self._num_slots = config.num_adapter_slots + config.own_adapter
+        for number, path in enumerate(config.adapters, start=1):
+            self._take(number, read_adapter(path, spec))
+
+    def load(self, adapter: int, path: Path) -> None:
+        """Read an adapter, which ScheduledRequest.adapter may name from then on.
+
+        Raises:
+            UserError: it is not for this model, is not what this engine computes, or there is no room for it.
+        """
+        if len(self._loaded) >= self._num_slots:
+            most = self._config.num_adapter_slots
+            raise ConfigError(f"--max-loras {most}: so many adapters are loaded; unload one first, or raise it")
+        described = read_adapter(path, self._spec)
+        planning.check_rank(described, self._config)
+        try:
+            self._take(adapter, described)
+        except OSError as error:  # of a disk, or a network in its place
+            raise ModelInvalid(f"the adapter at {path} cannot be read: {error.strerror}") from error
+
+    def unload(self, adapter: int) -> None:
+        """Forget an adapter that no request names any more."""
+        self._steps.unload(adapter)
+        self._loaded.discard(adapter)
+
+    def _take(self, number: int, adapter: Adapter) -> None:
+        self._steps.load(number, load_low_rank(adapter, self._spec))
+        self._loaded.add(number)
+        _log.info("LoRA adapter %d: %s, rank %d, %d matrices", number, adapter.path, adapter.rank, len(adapter.pairs))
+
+
 def _with_states(results: list[RequestResult], plan: StepPlan, states: torch.Tensor) -> list[RequestResult]:
     """Put the state in place of the token of each request that asks for it and has not failed."""
     asking = [request for request in plan.requests for _ in range(request.num_results)]
@@ -197,7 +245,11 @@ def load_runner(
         num_parameters=checkpoint.num_parameters,
         rank_pids=() if ranks is None else ranks.pids,
     )
-    loaded = LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size)
+    adapters = None
+    if config.num_adapter_slots or config.adapters:
+        assert steps.adapters is not None, "what takes none is refused with the options"
+        adapters = AdapterLoader(steps.adapters, spec, config)
+    loaded = LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size, adapters)
     return loaded if ranks is None else replace(loaded, check=ranks.check)
 
 

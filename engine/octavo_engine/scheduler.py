@@ -176,6 +176,7 @@ class Scheduler:
             max_num_tokens=min(num_prompt_tokens + sampling.max_tokens, self._max_model_len),
             grammar=grammar,
             proposer=None if self._speculation is None else self._speculation.make_proposer(),
+            adapter=message.adapter,
         )
         self._num_added += 1
         self._requests[request.request_id] = [request]
@@ -278,7 +279,7 @@ class Scheduler:
             assert request.status is RequestStatus.WAITING, f"{request.request_id} waits as {request.status}"
             assert not request.block_ids, f"{request.request_id} holds blocks while it waits"
             assert request.num_computed_tokens == 0, f"{request.request_id} counts KV that is freed"
-        self._kv.check_integrity((request.block_ids, request.token_ids) for request in self._running)
+        self._kv.check_integrity((r.block_ids, r.token_ids, r.adapter) for r in self._running)
 
     def _schedule_decodes(self) -> tuple[list[ScheduledRequest], list[Request]]:
         """Schedule every running request that is one token behind; return these and the others, the prefills."""
@@ -331,6 +332,7 @@ class Scheduler:
                 owner=repr(request.order).encode(),
                 num_spare_blocks=num_spare_blocks,
                 computes_all=request.tells_prompt,
+                adapter=request.adapter,
             )
             if begun is None:
                 break
@@ -449,7 +451,9 @@ class Scheduler:
         """Let all, or only `owner`, find the full and computed blocks of a request, as far as it was not done yet."""
         size = self._kv.block_size
         places = range(request.num_offered_tokens // size, request.num_computed_tokens // size)
-        self._kv.cache(request.block_ids, request.token_ids, request.block_hashes, places, owner=owner)
+        self._kv.cache(
+            request.block_ids, request.token_ids, request.block_hashes, places, owner=owner, adapter=request.adapter
+        )
         request.num_offered_tokens = places.stop * size
 
     def _num_used_slots(self) -> int:
@@ -507,6 +511,7 @@ def _share(
         request.grammar,
         num_proposed,
         prompt_targets,
+        request.adapter,
     )
 
 

@@ -1,11 +1,11 @@
-"""The options of `octavo serve` alone: where it listens, who may ask, what it writes. Called by arguments.py."""
+"""The options of `octavo serve` alone: where it listens, who may ask, what it writes, LoRA. Called by arguments.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
-from octavo_engine.argument_values import DEFAULTS, api_key, between, origins, whole
+from octavo_engine.argument_values import DEFAULTS, api_key, between, lora_module, origins, whole
 from octavo_engine.config import LogFormat, SchedulingPolicy
 
 if TYPE_CHECKING:
@@ -135,3 +135,36 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         group.add_argument(f"--ssl-{name}", type=Path, metavar="PATH", help=what)
+
+
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    """Add what adapters are served beside the model."""
+    group = parser.add_argument_group("LoRA adapters")
+    group.add_argument(
+        "--enable-lora",
+        action="store_true",
+        help="serve adapters beside MODEL, each a model with a name of its own; POST /v1/load_lora_adapter brings "
+        "further ones (default: off)",
+    )
+    group.add_argument(
+        "--lora-modules",
+        nargs="+",
+        type=lora_module,
+        default=DEFAULTS["lora_modules"],
+        metavar="NAME=PATH",
+        help="adapters to begin with, each a folder as PEFT writes it or a GGUF file (default: none)",
+    )
+    group.add_argument(
+        "--max-loras",
+        type=whole(1),
+        metavar="N",
+        help="adapters that may be loaded at once; memory is kept for them (default: those of --lora-modules, at least "
+        "1)",
+    )
+    group.add_argument(
+        "--max-lora-rank",
+        type=whole(1, 4096),
+        default=DEFAULTS["max_lora_rank"],
+        metavar="N",
+        help="highest rank of an adapter (default: %(default)s)",
+    )

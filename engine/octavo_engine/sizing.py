@@ -48,6 +48,7 @@ MIN_AUTO_MODEL_LEN = 512
 
 _LOGIT_BYTES = 20  # a logit in the compute dtype, as float32 twice, and its cumulative probability as float64
 _NORM_BYTES = 4  # norms and biases stay float32
+_NATIVE_ADAPTER_BYTES = 4  # the C++ decoder adds LoRA adapters in float32
 _ROTATION_BYTES = 4  # half of a head's numbers have a cosine and a sine each, float32
 
 
@@ -84,7 +85,7 @@ class MemoryPlan:
     available_bytes: int
     process_bytes: int  # processes and their libraries
     margin_bytes: int  # promised to nobody
-    weight_bytes: int  # as they are kept while running
+    weight_bytes: int  # as they are kept while running, LoRA adapters included
     work_bytes: int  # activations and logits of the largest step
     kv_bytes_per_token: int  # over all layers; with what a block is padded by, rounded up
     block_size: int  # KV slots in a block
@@ -115,6 +116,7 @@ def plan_memory(
     dtype: ComputeDType,
     memory: Memory,
     draft: DraftSizes | None = None,
+    adapter_elements: int = 0,
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -125,6 +127,7 @@ def plan_memory(
         dtype: what is computed in; memory.native where that is set.
         memory: what there is.
         draft: a draft model beside it, on one device; its part of everything is counted with the model's.
+        adapter_elements: numbers in LoRA adapters that there is to be room for.
 
     Raises:
         ConfigError: --max-model-len exceeds what the model was trained for.
@@ -142,7 +145,8 @@ def plan_memory(
     fixed = {
         "process": memory.process_bytes,
         "margin": int(memory.available_bytes * MARGIN),
-        "weight": weight_bytes(spec, tensors, dtype, ranks, native=memory.native),
+        "weight": weight_bytes(spec, tensors, dtype, ranks, native=memory.native)
+        + adapter_elements * (_NATIVE_ADAPTER_BYTES if memory.native else _DTYPE_BYTES[dtype]),
         "work": _work_bytes(share, config, dtype, native=memory.native),
     }
     if draft is not None:

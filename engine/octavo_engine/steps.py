@@ -20,14 +20,28 @@ from octavo_engine.weights.shard import Shard
 from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from octavo_engine.attention.base import AttentionBackend
+    from octavo_engine.models.adapter import Place
     from octavo_engine.models.checkpoint import Checkpoint
     from octavo_engine.parallel import Communicator
     from octavo_engine.plan import StepPlan
     from octavo_engine.sampler import Chooser
     from octavo_engine.sizing import MemoryPlan
+    from octavo_engine.weights.low_rank import LowRank
+
+
+class StepAdapters(Protocol):
+    """What adds LoRA adapters to the products of a step."""
+
+    def load(self, adapter: int, pairs: Mapping[Place, LowRank]) -> None:
+        """Take an adapter under its number, which ScheduledRequest.adapter may name from then on."""
+        ...
+
+    def unload(self, adapter: int) -> None:
+        """Forget it: no request names it any more."""
+        ...
 
 
 class Steps(Protocol):
@@ -60,6 +74,11 @@ class Steps(Protocol):
         """What chooses tokens faster than torch does, if there is something."""
         ...
 
+    @property
+    def adapters(self) -> StepAdapters | None:
+        """Where LoRA adapters go; None: several devices share the model, and take none."""
+        ...
+
 
 class TorchSteps:
     """Steps in torch: a plan as tensors, through a model and the attention backend that it was built with."""
@@ -71,6 +90,7 @@ class TorchSteps:
     ) -> None:
         self._model, self._attention, self._block_size, self._device = model, attention, block_size, device
         self.hidden_size = model.hidden_size
+        self.adapters = model.adapters
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """See Steps."""
@@ -80,6 +100,7 @@ class TorchSteps:
         """See Steps; the logits are in the compute dtype."""
         step = build_step(plan, block_size=self._block_size, device=self._device)
         self._attention.begin_step(step.attention)
+        self.adapters.begin_step(plan)
         rows = torch.arange(plan.num_tokens, device=self._device) if every_token else step.logits_rows
         return self._model.forward(step.input_ids, step.positions, rows, states)
 

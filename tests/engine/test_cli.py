@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import httpx
 import pytest
+from safetensors.numpy import load_file
+from tests.engine.lora.conftest import write_adapter
 
 import octavo_engine
 from octavo_engine.cli import main
@@ -269,11 +271,34 @@ def test_a_model_is_made_of_another_shown_copied_and_removed(
     assert '"maxModelLen": 128' in run_for_output(capsys, "plan", "luigi3", "--json")
 
 
+def test_a_model_is_made_with_an_adapter_beside_its_modelfile(
+    home: Path, tmp_path: Path, write_tiny_gguf: Any, tiny_llama: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, adapter = write_tiny_gguf(), write_adapter(tmp_path / "lora", tiny_llama)
+    modelfile = tmp_path / "Modelfile"
+    modelfile.write_text(f"FROM {weights.name}\nADAPTER ./lora\n")
+    main(["create", "poet", "-f", str(modelfile)])
+    text = run_for_output(capsys, "show", "poet", "--modelfile")
+    assert text == f"FROM {weights}\nADAPTER {adapter}\n"
+    modelfile.write_text(text)
+    main(["create", "again", "-f", str(modelfile)])
+    assert run_for_output(capsys, "show", "again", "--modelfile") == text
+    plans = [json.loads(run_for_output(capsys, "plan", model, "--json")) for model in ("poet", str(weights))]
+    own = plans[0]["weightBytes"] - plans[1]["weightBytes"]
+    assert own == 4 * sum(tensor.size for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    modelfile.write_text("FROM poet\nADAPTER ./lora\n")
+    assert status_of("create", "both", "-f", str(modelfile)) == 1
+    assert "only one is computed" in capsys.readouterr().err
+    modelfile.write_text(f"FROM {weights.name}\nADAPTER ./none\n")
+    assert status_of("create", "none", "-f", str(modelfile)) == 1
+    assert "there is no adapter at" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("FROM ./nothing-there.gguf", "nothing-there.gguf is not there"),
-        ("FROM x\nADAPTER y", "Modelfile: line 2: ADAPTER is not supported"),
+        ("FROM x\nDRAFT y", "Modelfile: line 2: DRAFT is not supported"),
         (None, "No such file"),
     ],
 )

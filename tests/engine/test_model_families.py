@@ -135,13 +135,13 @@ def expected_logits(model: Any, num_tokens: int) -> torch.Tensor:
     return logits
 
 
-def load(path: Path, num_positions: int = len(TOKENS)) -> ModelRunner:
+def load(path: Path, num_positions: int = len(TOKENS), num_blocks: int = 9) -> ModelRunner:
     """The model in torch, float32: what the C++ decoder is compared with too."""
     checkpoint = read_checkpoint(path)
     spec, device = checkpoint.spec, torch.device("cpu")
     shape = CacheShape(
         num_layers=spec.num_layers,
-        num_blocks=9,
+        num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,

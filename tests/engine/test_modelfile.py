@@ -11,6 +11,7 @@ WHOLE = '''\
 # a comment
 from llama3.2:1b
 REQUIRES 0.6.0
+ADAPTER ./lora
 
 PARAMETER temperature 0.5
 parameter stop "<|im_end|>"
@@ -31,6 +32,7 @@ Do what you want.
 def test_every_instruction_is_read() -> None:
     assert parse_modelfile(WHOLE) == Modelfile(
         source="llama3.2:1b",
+        adapter="./lora",
         requires="0.6.0",
         parameters={"temperature": 0.5, "stop": ("<|im_end|>", 'a "b"\nc')},
         template="{{ if .System }}{{ .System }}\n{{ end }}{{ .Prompt }}",
@@ -51,7 +53,8 @@ def test_lines_may_end_as_windows_ends_them() -> None:
         ("FROM a\nFROM b", "line 2: a second FROM"),
         ("\nFROM", "line 2: 'FROM' is not an instruction with a value"),
         ('FROM ""', "line 1: FROM names no model"),
-        ("FROM a\n\nADAPTER x.gguf", "line 3: ADAPTER is not supported: this engine has no LoRA"),
+        ('FROM a\n\nADAPTER ""', "line 3: ADAPTER names no adapter"),
+        ("FROM a\nADAPTER x\nADAPTER y", "line 3: a second ADAPTER"),
         ("FROM a\nRENDERER qwen3", "line 2: RENDERER is not supported"),
         ("FROM a\nTEMPERATURE 1", "line 2: TEMPERATURE is not an instruction; there are FROM"),
         ("FROM a\nPARAMETER temperature hot", "line 2: PARAMETER temperature is 'hot', not a number"),
@@ -73,6 +76,7 @@ filled = texts.filter(bool)
 modelfiles = st.builds(
     Modelfile,
     source=filled,
+    adapter=texts,
     parameters=st.fixed_dictionaries(
         {},
         optional={
@@ -102,8 +106,13 @@ def test_what_is_written_is_read_as_the_same(modelfile: Modelfile) -> None:
 
 
 def test_what_a_modelfile_does_not_say_stays_as_its_base_has_it() -> None:
-    base = Modelfile(source="w.gguf", system="old", parameters={"top_k": 1, "seed": 2}, licenses=("L",))
+    base = Modelfile(source="w.gguf", adapter="x", system="old", parameters={"top_k": 1, "seed": 2}, licenses=("L",))
     over = Modelfile(source="base", system="new", parameters={"top_k": 3})
     assert over.over(base) == Modelfile(
-        source="w.gguf", system="new", parameters={"top_k": 3, "seed": 2}, licenses=("L",)
+        source="w.gguf", adapter="x", system="new", parameters={"top_k": 3, "seed": 2}, licenses=("L",)
     )
+
+
+def test_a_second_adapter_on_top_of_the_bases_is_refused() -> None:
+    with pytest.raises(ModelfileInvalid, match=r"ADAPTER y: the model that FROM names has one already \(x\)"):
+        Modelfile(source="a", adapter="y").over(Modelfile(source="w", adapter="x"))

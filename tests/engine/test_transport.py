@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo_engine.config import EngineConfig
+from octavo_engine.config import EngineConfig, LoraModule
 from octavo_engine.errors import PeerGone
 from octavo_engine.messages import (
     AbortRequest,
@@ -219,6 +219,12 @@ def test_a_message_over_the_limit_is_not_sent() -> None:
 
 def test_the_configuration_survives_the_command_line() -> None:
     config = EngineConfig(
-        model=Path("dir/with space/model.gguf"), served_model_names=("a", "b"), max_model_len=99, dtype="float32"
+        model=Path("dir/with space/model.gguf"),
+        served_model_names=("a", "b"),
+        max_model_len=99,
+        dtype="float32",
+        enable_lora=True,
+        lora_modules=(LoraModule("poet", Path("adapters/poet")),),
+        adapter=Path("own"),
     )
     assert config_from_json(config_to_json(config)) == config

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES
-from octavo_engine.cpu.library import PHASES, Choices, Config, Role, Step, Vector
+from octavo_engine.cpu.library import LAYER_MATRICES, PHASES, Choices, Config, LowRank, Role, Step, Vector
 from octavo_engine.models.decoder import rotary_tables
 from octavo_engine.weights.quant_type import QuantType
 
@@ -33,13 +33,46 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from octavo_engine.cpu.compute import Compute
+    from octavo_engine.models.adapter import Place
     from octavo_engine.models.family import LayerRole, ModelRole
     from octavo_engine.models.spec import DecoderSpec
     from octavo_engine.plan import StepPlan
     from octavo_engine.sampler import RowRules
+    from octavo_engine.weights import low_rank
     from octavo_engine.weights.stored import Matrix, WeightSource
 
 _STORED = {torch.float32: QuantType.F32, torch.bfloat16: QuantType.BF16}
+
+
+class CpuAdapters:
+    """LoRA adapters as the library takes them: float32, in memory that is this object's."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._loaded: dict[int, tuple[ctypes.Array[LowRank], list[torch.Tensor]]] = {}
+
+    def load(self, adapter: int, pairs: Mapping[Place, low_rank.LowRank]) -> None:
+        """See StepAdapters."""
+        table = (LowRank * (self._num_layers * LAYER_MATRICES))()
+        tensors = []
+        for (layer, role), pair in pairs.items():
+            a, b = pair.a, pair.b.T.contiguous()
+            tensors += [a, b]
+            table[layer * LAYER_MATRICES + Role[role.upper()]] = LowRank(len(a), a.data_ptr(), b.data_ptr())
+        self._loaded[adapter] = (table, tensors)
+
+    def unload(self, adapter: int) -> None:
+        """See StepAdapters."""
+        del self._loaded[adapter]
+
+    def of_step(self, plan: StepPlan) -> tuple[ctypes.Array[ctypes.c_void_p] | None, int]:
+        """The table of each request's adapter, and the highest rank in them; None: no request has one."""
+        if not self._loaded or not any(request.adapter for request in plan.requests):
+            return None, 0
+        used = {number: self._loaded[number][0] for number in {request.adapter for request in plan.requests} - {0}}
+        tables = [ctypes.addressof(used[request.adapter]) if request.adapter else None for request in plan.requests]
+        max_rank = max(one.rank for table in used.values() for one in table)
+        return (ctypes.c_void_p * len(tables))(*tables), max_rank
 
 
 class CpuDecoder:
@@ -102,6 +135,7 @@ class CpuDecoder:
             self._load_matrix(source, "output", (spec.vocab_size, spec.hidden_size))
         self._load_vector(source, "final_norm", spec.hidden_size)
         self._block_size = block_size
+        self.adapters = CpuAdapters(spec.num_layers)
 
     @property
     def hidden_size(self) -> int:
@@ -141,6 +175,7 @@ class CpuDecoder:
         block_tables = _flat([request.block_ids for request in requests], int(table_starts[-1]))
         contexts = computed + np.diff(query_starts)
         assert np.all(np.diff(table_starts) * self._block_size >= contexts), "a block table is too short for the tokens"
+        adapters, max_rank = self.adapters.of_step(plan)
         step = Step(
             num_tokens=num_tokens,
             num_requests=len(requests),
@@ -153,6 +188,8 @@ class CpuDecoder:
             logits_rows=rows.ctypes.data,
             logits=logits.data_ptr(),
             states=states.data_ptr() if states is not None else None,
+            adapters=ctypes.addressof(adapters) if adapters is not None else None,
+            max_rank=max_rank,
         )
         self._check(self._library.octavo_decoder_forward(self._decoder, ctypes.byref(step)))
         return logits

@@ -49,7 +49,8 @@ class Vector(enum.IntEnum):
     FINAL_NORM = 10
 
 
-PHASES: Final = ("embed", "norm", "qkv", "attention", "output", "gate_up", "down", "logits")  # `Phase` there
+LAYER_MATRICES: Final = 7  # the first of Role
+PHASES: Final = ("embed", "norm", "qkv", "attention", "output", "gate_up", "down", "logits", "adapters")  # `Phase`
 
 
 class Config(ctypes.Structure):
@@ -88,6 +89,12 @@ class Config(ctypes.Structure):
     ]
 
 
+class LowRank(ctypes.Structure):
+    """`LowRank` in native/decoder.h."""
+
+    _fields_: ClassVar = [("rank", ctypes.c_int32), ("a", ctypes.c_void_p), ("b", ctypes.c_void_p)]
+
+
 class Step(ctypes.Structure):
     """`Step` in native/decoder.h, which says what the arrays hold."""
 
@@ -103,6 +110,8 @@ class Step(ctypes.Structure):
         ("logits_rows", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
         ("states", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
+        ("max_rank", ctypes.c_int32),
     ]
 
 

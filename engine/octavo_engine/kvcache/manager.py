@@ -44,6 +44,7 @@ class KVCacheManager:
         owner: bytes,
         num_spare_blocks: int,
         computes_all: bool = False,
+        adapter: int = 0,
     ) -> tuple[tuple[int, ...], int] | None:
         """Make a block table for a sequence, of cached blocks as far as there are any.
 
@@ -55,11 +56,12 @@ class KVCacheManager:
             owner: whose private blocks may be used besides everybody's; see `cache`.
             num_spare_blocks: blocks that have to stay free.
             computes_all: use no cached blocks, as the logits of all tokens are wanted.
+            adapter: that computes the sequence; 0: none.
 
         Returns:
             The table and the number of tokens whose KV is in it; None, with no block taken, if it does not fit.
         """
-        cached = () if computes_all else self._find_cached(token_ids, hashes, owner)
+        cached = () if computes_all else self._find_cached(token_ids, hashes, owner, adapter)
         num_new_blocks = -(-len(token_ids) // self.block_size) - len(cached)
         num_taken_blocks = num_new_blocks + sum(map(self._pool.is_free, cached))
         if num_taken_blocks + num_spare_blocks > self._pool.num_free_blocks:
@@ -104,13 +106,14 @@ class KVCacheManager:
         places: range,
         *,
         owner: bytes = b"",
+        adapter: int = 0,
     ) -> None:
         """Let the blocks in these places of a table, full and computed, be found by sequences that begin alike.
 
-        `hashes` is as in `begin`. With `owner`, only who names it finds those that nobody finds yet.
+        `hashes` and `adapter` are as in `begin`. With `owner`, only who names it finds those that nobody finds yet.
         """
         if self._enable_prefix_caching:
-            hash_blocks(hashes, token_ids, self.block_size, places.stop)
+            hash_blocks(hashes, token_ids, self.block_size, places.stop, adapter)
             for place in places:
                 if not owner or block_ids[place] not in self._index:
                     self._index.add(hashes[place] + owner, block_ids[place])
@@ -124,17 +127,19 @@ class KVCacheManager:
         """Give a block table back. The last block becomes free first, so the front of a prompt stays intact longest."""
         self._pool.free(reversed(block_ids))
 
-    def check_integrity(self, sequences: Iterable[tuple[tuple[int, ...], Sequence[int]]]) -> None:
+    def check_integrity(self, sequences: Iterable[tuple[tuple[int, ...], Sequence[int], int]]) -> None:
         """Assert that the pool, the prefix cache and these sequences, all that hold blocks, agree.
 
-        Free + used = total, every ref count, and every name is that of the tokens. `sequences`: block table and tokens.
+        Free + used = total, every ref count, and every name is that of the tokens and the adapter. `sequences`: block
+        table, tokens, adapter.
         """
         num_holders: Counter[int] = Counter()
-        for block_ids, token_ids in sequences:
+        for block_ids, token_ids, adapter in sequences:
             assert len(set(block_ids)) == len(block_ids), f"a block is twice in the block table {block_ids}"
             num_holders.update(block_ids)
             hashes: list[bytes] = []
-            hash_blocks(hashes, token_ids, self.block_size, min(len(block_ids), len(token_ids) // self.block_size))
+            num_full_blocks = min(len(block_ids), len(token_ids) // self.block_size)
+            hash_blocks(hashes, token_ids, self.block_size, num_full_blocks, adapter)
             for place, block_id in enumerate(block_ids):
                 name = self._index.name_of(block_id)
                 assert name is None or name[:HASH_BYTES] in hashes[place : place + 1], (
@@ -143,12 +148,14 @@ class KVCacheManager:
         self._pool.check_integrity(num_holders)
         self._index.check_integrity()
 
-    def _find_cached(self, token_ids: Sequence[int], hashes: list[bytes], owner: bytes) -> tuple[int, ...]:
+    def _find_cached(
+        self, token_ids: Sequence[int], hashes: list[bytes], owner: bytes, adapter: int
+    ) -> tuple[int, ...]:
         """The cached blocks that a sequence begins with."""
         block_ids: list[int] = []
         if self._enable_prefix_caching:
             for num_blocks in range(1, (len(token_ids) - 1) // self.block_size + 1):
-                hash_blocks(hashes, token_ids, self.block_size, num_blocks)
+                hash_blocks(hashes, token_ids, self.block_size, num_blocks, adapter)
                 block_id = self._index.find(hashes[num_blocks - 1])
                 if block_id is None:
                     block_id = self._index.find(hashes[num_blocks - 1] + owner)

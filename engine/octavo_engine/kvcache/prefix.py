@@ -5,6 +5,10 @@ Called by kvcache/manager.py and pool.py only. Knows tokens as numbers and block
 KV depends on all tokens before it, so a block is named by a hash over the name of the block before it and its own
 tokens: one look-up by that name finds a block that holds these tokens in this place after those before them. The hash
 is a cryptographic one of 512 bits, so that nobody can make two prompts share a name and read another's KV.
+
+KV also depends on the LoRA adapter that it was computed with: the adapter's number salts every hash of the chain, so
+that requests with different adapters never share a block. A number is never used again: what one adapter left in the
+cache is not found by another that is loaded under its name.
 """
 
 from __future__ import annotations
@@ -17,14 +21,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 HASH_BYTES = 64
+_SALT_BYTES = 16
 
 
-def hash_blocks(hashes: list[bytes], token_ids: Sequence[int], block_size: int, num_blocks: int) -> None:
-    """Extend `hashes`, the names of the first blocks of a sequence, until there are `num_blocks`, all of them full."""
+def hash_blocks(
+    hashes: list[bytes], token_ids: Sequence[int], block_size: int, num_blocks: int, adapter: int = 0
+) -> None:
+    """Extend `hashes`, the names of the first blocks of a sequence, until there are `num_blocks`, all of them full.
+
+    `adapter` is that of all of them; 0: the model by itself.
+    """
+    salt = adapter.to_bytes(_SALT_BYTES, "little")
     for start in range(len(hashes) * block_size, num_blocks * block_size, block_size):
         parent = hashes[-1] if hashes else b""
         tokens = pack(f"{block_size}q", *token_ids[start : start + block_size])
-        hashes.append(blake2b(parent + tokens).digest())
+        hashes.append(blake2b(parent + tokens, salt=salt).digest())
 
 
 class PrefixIndex:

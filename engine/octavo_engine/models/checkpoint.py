@@ -185,9 +185,14 @@ def _text_tensors(tensors: Mapping[str, TensorInfo | RawTensor]) -> dict[str, Te
     for name, tensor in tensors.items():
         if name.startswith(_IMAGE_PREFIXES) or name.endswith(".rotary_emb.inv_freq"):
             continue
-        prefix = next((prefix for prefix in _TEXT_PREFIXES if name.startswith(prefix)), "")
-        text[_TEXT_PREFIXES.get(prefix, "") + name.removeprefix(prefix)] = tensor
+        text[text_name(name)] = tensor
     return text
+
+
+def text_name(name: str) -> str:
+    """The name that a tensor or module of a model that sees images has in a text model."""
+    prefix = next((prefix for prefix in _TEXT_PREFIXES if name.startswith(prefix)), "")
+    return _TEXT_PREFIXES.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _eos_token_ids(options: Options) -> frozenset[int]:

@@ -13,23 +13,36 @@ heads, K KV heads, M intermediate size.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 
 from octavo_engine.layers.activation import gate_and_mul
 from octavo_engine.layers.linear import Linear, PartialLinear
+from octavo_engine.layers.lora import TorchAdapters
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.layers.rotary import rotary_table, rotate
 from octavo_engine.models.spec import StoredFactors
 from octavo_engine.parallel import ALONE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from octavo_engine.attention.base import AttentionBackend
     from octavo_engine.models.family import LayerRole, ModelRole
     from octavo_engine.models.spec import DecoderSpec, Rope
     from octavo_engine.parallel import Communicator
     from octavo_engine.weights.stored import WeightSource
+
+
+_ALL = slice(None)
+
+
+def _columns(sizes: Mapping[LayerRole, int]) -> dict[LayerRole, slice]:
+    """Where matrices that are multiplied as one have their outputs."""
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
+    return {role: slice(end - sizes[role], end) for role, end in ends.items()}
 
 
 class _Loader:
@@ -64,13 +77,16 @@ class _Loader:
 class _Attention:
     """Grouped-query self-attention of one layer."""
 
-    def __init__(self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend) -> None:
+    def __init__(
+        self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend, adapters: TorchAdapters
+    ) -> None:
         hidden, dim = spec.hidden_size, spec.head_dim
-        self._layer, self._head_dim, self._backend = layer, dim, backend
+        self._layer, self._head_dim, self._backend, self._adapters = layer, dim, backend, adapters
         share = spec.share(weights.ranks.size)
         self._num_heads, self._num_kv_heads = share.num_heads, share.num_kv_heads
         sizes: dict[LayerRole, int] = {"q": spec.num_heads * dim, "k": spec.num_kv_heads * dim}
         sizes["v"] = sizes["k"]
+        self._columns = _columns(sizes)
         bias = None
         if spec.qkv_bias:
             names: tuple[LayerRole, ...] = ("q_bias", "k_bias", "v_bias")
@@ -87,42 +103,50 @@ class _Attention:
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        qkv = self._qkv(x).view(len(x), -1, self._head_dim)  # [T, N + 2 K, D]
+        qkv = self._adapters.add(self._qkv(x), x, self._layer, self._columns)
+        qkv = qkv.view(len(x), -1, self._head_dim)  # [T, N + 2 K, D]
         qk, v = qkv[:, : -self._num_kv_heads], qkv[:, -self._num_kv_heads :]
         if self._norms is not None:
             heads = (qk[:, : self._num_heads], qk[:, self._num_heads :])
             qk = torch.cat([norm(part) for norm, part in zip(self._norms, heads, strict=True)], dim=1)
         qk = rotate(qk, cos, sin).to(x.dtype)
         self._backend.store(self._layer, qk[:, self._num_heads :], v)
-        return self._output(self._backend.attend(self._layer, qk[:, : self._num_heads]).flatten(1))
+        attended = self._backend.attend(self._layer, qk[:, : self._num_heads]).flatten(1)
+        return self._adapters.add(self._output(attended), attended, self._layer, {"o": _ALL})
 
 
 class _MLP:
     """The gated feed-forward network of one layer."""
 
-    def __init__(self, spec: DecoderSpec, weights: _Loader) -> None:
+    def __init__(self, spec: DecoderSpec, weights: _Loader, layer: int, adapters: TorchAdapters) -> None:
         hidden, middle = spec.hidden_size, spec.intermediate_size
+        self._layer, self._adapters = layer, adapters
         self._activation = spec.activation
+        self._columns = _columns({"gate": middle, "up": middle})
         self._gate_up = Linear(weights.matrix("gate", middle, hidden), weights.matrix("up", middle, hidden))
         self._down = PartialLinear(weights.matrix("down", hidden, middle), ranks=weights.ranks)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        return self._down(gate_and_mul(self._gate_up(x), self._activation))
+        gate_up = self._adapters.add(self._gate_up(x), x, self._layer, self._columns)
+        gated = gate_and_mul(gate_up, self._activation)
+        return self._adapters.add(self._down(gated), gated, self._layer, {"down": _ALL})
 
 
 class _Layer:
     """Attention and MLP, each after a norm and added to the residual, which stays float32."""
 
-    def __init__(self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend) -> None:
+    def __init__(
+        self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend, adapters: TorchAdapters
+    ) -> None:
         def norm(role: LayerRole, dtype: torch.dtype) -> RMSNorm:
             return weights.norm(role, spec.hidden_size, spec.rms_norm_eps, dtype=dtype)
 
         self._attention_norm = norm("attention_norm", weights.dtype)
-        self._attention = _Attention(spec, weights, layer, backend)
+        self._attention = _Attention(spec, weights, layer, backend, adapters)
         self._attention_post_norm = norm("attention_post_norm", torch.float32) if spec.post_norms else None
         self._mlp_norm = norm("mlp_norm", weights.dtype)
-        self._mlp = _MLP(spec, weights)
+        self._mlp = _MLP(spec, weights, layer, adapters)
         self._mlp_post_norm = norm("mlp_post_norm", torch.float32) if spec.post_norms else None
 
     def __call__(self, residual: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -169,7 +193,10 @@ class TorchDecoder:
         tables = rotary_tables(spec, source, num_positions=num_positions)
         self._tables = [(cos.to(device), sin.to(device)) for cos, sin in tables.values()]
         self._table_of_layer = [list(tables).index(rope) for rope in spec.ropes]
-        self._layers = [_Layer(spec, weights.of_layer(layer), layer, backend) for layer in range(spec.num_layers)]
+        self.adapters = TorchAdapters(dtype, device)  # of a model on one device: the others' rows would miss them
+        self._layers = [
+            _Layer(spec, weights.of_layer(layer), layer, backend, self.adapters) for layer in range(spec.num_layers)
+        ]
         self._norm = weights.norm("final_norm", spec.hidden_size, spec.rms_norm_eps)
         self._head = Linear(
             self._embedding if spec.tied_embeddings else weights.matrix("output", spec.vocab_size, spec.hidden_size)

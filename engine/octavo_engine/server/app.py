@@ -19,7 +19,7 @@ from octavo_engine.server import envelope, health, openapi
 from octavo_engine.server.auth import OPEN_PATHS, ApiKeys, RequireApiKey
 from octavo_engine.server.ollama import embed, manage
 from octavo_engine.server.ollama import routes as ollama
-from octavo_engine.server.openai import embeddings, responses, routes, tokens
+from octavo_engine.server.openai import adapters, embeddings, responses, routes, tokens
 from octavo_engine.server.tracing import Tracing, tell
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def create_app(front: Front) -> FastAPI:
     app.include_router(embeddings.router)
     app.include_router(responses.router)
     app.include_router(tokens.router)
+    app.include_router(adapters.router)
     app.include_router(ollama.router)
     app.include_router(embed.router)
     app.include_router(manage.router)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from octavo_engine.answer import TextDelta
     from octavo_engine.config import ServerConfig
     from octavo_engine.generation import GenerationRequest, LanguageModel
+    from octavo_engine.server.adapters import Adapters
     from octavo_engine.server.metrics import Metrics
     from octavo_engine.server.shelf import Shelf
     from octavo_engine.store.local import Location
@@ -54,6 +55,7 @@ class Served:
     max_model_len: int | None = None  # None: it is not loaded
     is_on_cpu: bool = True
     expires_in: float | None = None  # seconds until it is unloaded; None: it is not loaded, or stays
+    parent: str | None = None  # the model that a LoRA adapter makes it of; None: it is no adapter's
 
 
 class Session(Protocol):
@@ -115,6 +117,14 @@ class Session(Protocol):
     @property
     def shelf(self) -> Shelf | None:
         """The server of many models that it is of; None: it is of a server of one."""
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The LoRA adapters that are served beside the model; None: the server was not started to take any.
+
+        Raises:
+            NotServing: that cannot be told yet.
+        """
 
 
 class Front(ABC):

@@ -66,6 +66,8 @@ class Metrics:
         num_speculative_tokens: with speculative decoding, the most guesses that a request has in a step; else 0.
     """
 
+    _adapters: Gauge | None = None  # there once adapters may be served
+
     def __init__(self, model_name: str, *, old_names: bool = False, num_speculative_tokens: int = 0) -> None:
         self._old_names = old_names
         self._registry = CollectorRegistry()
@@ -262,6 +264,19 @@ class Metrics:
     def on_rejected(self, reason: RejectionReason) -> None:
         """A request for generation was not let in."""
         self._rejections[reason].inc()
+
+    def on_adapters(self, *, running: Sequence[str], waiting: Sequence[str], most: int) -> None:
+        """Which LoRA adapters requests run with and wait for. One series alone tells it, as vLLM has it."""
+        if self._adapters is None:
+            labels = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+            self._adapters = Gauge(
+                "vllm:lora_requests_info",
+                "LoRA adapters of running and of waiting requests, as labels; the value is the time.",
+                labels,
+                registry=self._registry,
+            )
+        self._adapters.clear()
+        self._adapters.labels(str(most), ",".join(waiting), ",".join(running)).set_to_current_time()
 
     def on_response(self, *, handler: str, method: str, status: int, seconds: float) -> None:
         """A request was answered. `handler` and `method` are out of small sets, whatever clients send."""

@@ -23,6 +23,7 @@ from octavo_engine.errors import EngineDead, GenerationFailed, NotServing, Reque
 from octavo_engine.generation import LanguageModel, TextModel
 from octavo_engine.logs import HTTP_REQUEST_ID
 from octavo_engine.profiles import Profiles
+from octavo_engine.server.adapters import Adapters
 from octavo_engine.server.front import RETRY_SECONDS, Front, Readiness, Served
 from octavo_engine.server.metrics import FinishedReason, Metrics
 from octavo_engine.store.pull import pull
@@ -71,9 +72,11 @@ class Service(Front):
         self._starting = Readiness("Starting", reason="the server is starting")
         self._client: EngineClient | None = None
         self._model: LanguageModel | None = None
-        self._profiles = Profiles(config.profiles, config.engine.served_model_names) if config.profiles else None
+        taken = (*config.engine.served_model_names, *(module.name for module in config.engine.lora_modules))
+        self._profiles = Profiles(config.profiles, taken) if config.profiles else None
         self._of_profiles: dict[str, tuple[Modelfile, LanguageModel]] = {}  # what was made of them
         self._grammars: GrammarChecker | None = None
+        self._adapters: Adapters | None = None
 
     async def run(self) -> None:
         """Bring the model up and keep it up; never returns.
@@ -101,11 +104,14 @@ class Service(Front):
         text = await asyncio.to_thread(TextModel.load, tokenizer, self.location.modelfile, self.config.chat_template)
         facts = await self._client.ready()
         self.metrics.on_ready(facts)
-        self._model = LanguageModel(self._client, facts, text)
+        if engine.enable_lora:
+            bare = LanguageModel(self._client, facts, text)
+            self._adapters = Adapters(self._client, bare, engine, self._names)
+        self._model = LanguageModel(self._client, facts, text, engine.own_adapter)
         self.is_ready.set()
         _log.info(
             "ready: %s on %s in %s, context %d tokens, %d KV blocks of %d",
-            ", ".join(self.config.engine.served_model_names),
+            ", ".join(self._names()),
             facts.device,
             facts.dtype,
             facts.max_model_len,
@@ -159,6 +165,12 @@ class Service(Front):
     def shelf(self) -> None:
         """None: it is a server of one model (Session)."""
 
+    @property
+    def adapters(self) -> Adapters | None:
+        """The LoRA adapters that are served beside the model (Session)."""
+        self.loaded_model()
+        return self._adapters
+
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Service]:
         """Return itself: its model is always loaded."""
@@ -168,7 +180,18 @@ class Service(Front):
         """Return the model under each of its names (Session)."""
         facts = self.loaded_model().facts
         is_on_cpu = facts.device.startswith("cpu")
-        return [Served(name, self._location_of(name), facts.max_model_len, is_on_cpu) for name in self._names()]
+        adapters = self._adapters.names if self._adapters is not None else ()
+        parent = self.config.engine.served_model_names[0]
+        return [
+            Served(
+                name,
+                self._location_of(name),
+                facts.max_model_len,
+                is_on_cpu,
+                parent=parent if name in adapters else None,
+            )
+            for name in self._names()
+        ]
 
     async def loaded(self) -> list[Served]:
         """Return the model, once (Session)."""
@@ -186,6 +209,8 @@ class Service(Front):
         short = name.removesuffix(LATEST)
         if {name, short} & set(self.config.engine.served_model_names):
             return model
+        if self._adapters is not None and (adapted := self._adapters.get(name) or self._adapters.get(short)):
+            return adapted
         if self._profiles is not None and (modelfile := self._profiles.current().get(short)) is not None:
             return self._of_profile(short, modelfile, model)
         message = f"model {name[:100]!r} not found; served here: {', '.join(names)}"
@@ -199,8 +224,9 @@ class Service(Front):
         return replace(self.location, modelfile=modelfile.over(self.location.own_modelfile()))
 
     def _names(self) -> list[str]:
+        adapters = self._adapters.names if self._adapters is not None else ()
         profiles = self._profiles.current() if self._profiles is not None else ()
-        return [*self.config.engine.served_model_names, *profiles]
+        return [*self.config.engine.served_model_names, *adapters, *profiles]
 
     def _of_profile(self, name: str, modelfile: Modelfile, model: LanguageModel) -> LanguageModel:
         """Make it once for each state of the file: the template is compiled."""
@@ -277,6 +303,9 @@ class Service(Front):
 
     def render_metrics(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
+        if self._adapters is not None:
+            running, waiting = self._adapters.in_use()
+            self.metrics.on_adapters(running=running, waiting=waiting, most=self._adapters.most)
         return self.metrics.render()
 
     async def close(self) -> None:

@@ -372,6 +372,10 @@ class ShelfSession:
         """The server (Session)."""
         return self._shelf
 
+    @property
+    def adapters(self) -> None:
+        """None: adapters are for a server of one model, and Modelfiles for one of many (Session)."""
+
     async def model_named(self, name: str | None, keep_alive: float | None = None) -> LanguageModel:
         """Return the model, loaded until the session ends (Session)."""
         if name is None:

@@ -34,7 +34,7 @@ _CONFIG: Final = "application/vnd.docker.container.image.v1+json"
 _TITLES: Final = ("org.opencontainers.image.title", "org.cncf.model.filepath")
 _UNREAD: Final = frozenset({"projector", "json", "prompt"})  # a model answers text without them
 _LACKING: Final = {
-    "adapter": "this engine has no LoRA adapters yet",
+    "adapter": "adapters are not fetched from registries; make the model by a Modelfile with ADAPTER and a path",
     "tensor": "it is stored tensor by tensor, which this engine does not read; take its GGUF or safetensors files",
     "embed": "embeddings in a Modelfile are not supported",
     "draft": "guesses are set for a whole server: octavo serve --speculative-config",

@@ -2,6 +2,7 @@
 
     blobs/sha256-DIGEST     a whole file; nothing else ever has such a name
     partial/...             what is on its way here, with its journals and locks
+    adapters/...            folders of links: LoRA adapters that were uploaded, which derived models name
 
 A place is a link (a model of one file) or a folder of links, which appears with all of them at once. Called by pull.py
 and local.py.
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 _BLOBS: Final = "blobs"
 _PARTIAL: Final = "partial"
-INTERNAL: Final = frozenset({_BLOBS, _PARTIAL})  # the folders in the store that hold no places
+ADAPTERS: Final = "adapters"
+INTERNAL: Final = frozenset({_BLOBS, _PARTIAL, ADAPTERS})  # the folders in the store that hold no places
 _BLOB_NAME: Final = re.compile(r"sha256-(?P<sha256>[0-9a-f]{64})")
 _READ_ONLY: Final = 0o444
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from octavo_engine.errors import ModelNotFound, UserError
 from octavo_engine.models.checkpoint import CONFIG_FILE
 from octavo_engine.store import derived
-from octavo_engine.store.blobs import INTERNAL, Blobs
+from octavo_engine.store.blobs import ADAPTERS, INTERNAL, Blobs
 from octavo_engine.store.source import Source, interpret, is_source, parse_source, short_name, source_at
 from octavo_engine.weights.gguf import part_paths
 
@@ -73,10 +73,12 @@ class Location:
         return model_in(self.path)
 
     def configure(self, engine: EngineConfig) -> EngineConfig:
-        """Return the options of an engine for this model: its file, and the context that its Modelfile asks for."""
+        """Return the options of an engine for this model: its file; context and adapter as its Modelfile has them."""
         context = self.modelfile.parameters.get("num_ctx") if self.modelfile is not None else None
         if engine.max_model_len is None and isinstance(context, int):
             engine = replace(engine, max_model_len=context)
+        if self.modelfile is not None and self.modelfile.adapter:
+            engine = replace(engine, adapter=Path(self.modelfile.adapter))
         return replace(engine, model=self.model)
 
     def own_modelfile(self) -> Modelfile:
@@ -173,6 +175,7 @@ def remove(model: str, root: Path) -> Path:
         ModelNotFound: the store has no such model.
     """
     if (manifest := derived.remove(model, root)) is not None:
+        remove_unused_adapters(root)
         return manifest
     path = locate(model, root).path
     if not path.exists() or not path.is_relative_to(root):
@@ -182,6 +185,15 @@ def remove(model: str, root: Path) -> Path:
         if part.is_symlink() or part.exists():
             blobs.remove(part)
     return path
+
+
+def remove_unused_adapters(root: Path) -> None:
+    """Delete the uploaded adapters that no derived model names any more."""
+    derivations = (derived.load(name, root) for name in derived.names(root))
+    used = {Path(modelfile.adapter) for modelfile in derivations if modelfile is not None and modelfile.adapter}
+    for folder in (root / ADAPTERS).glob("*"):
+        if not any(path == folder or folder in path.parents for path in used):
+            Blobs(root).remove(folder)
 
 
 def _at_path(model: str) -> Location | None:

@@ -34,6 +34,8 @@ def destination(name: str, location: Location) -> RegistrySource:
     assert isinstance(source, RegistrySource)
     if location.model.is_dir():
         raise ModelUnsupported(f"{name}: only models of one GGUF file can be pushed")
+    if location.own_modelfile().adapter:
+        raise ModelUnsupported(f"{name}: a model with an ADAPTER cannot be pushed")
     return source
 
 

@@ -116,7 +116,7 @@ class WeightSource:
             return unpack(info, {name: self._part(tensor) for name, tensor in info.parts.items()}, part)
         matrix = _cut(StoredMatrix(self._bytes(info).view(shape[0], -1), info.quant_type, shape), part)
         if role in ("q", "k") and self._checkpoint.pairs_adjacent:
-            return replace(matrix, packed=_in_halves(matrix.packed, self._checkpoint.spec.head_dim))
+            return replace(matrix, packed=in_halves(matrix.packed, self._checkpoint.spec.head_dim))
         return matrix
 
     def vector(self, role: ModelRole | LayerRole, size: int, *, layer: int | None = None) -> torch.Tensor:
@@ -137,7 +137,7 @@ class WeightSource:
         if role.endswith("norm"):
             return numbers + self._checkpoint.norm_offset
         if role in ("q_bias", "k_bias") and self._checkpoint.pairs_adjacent:
-            return _in_halves(numbers[:, None], self._checkpoint.spec.head_dim)[:, 0]
+            return in_halves(numbers[:, None], self._checkpoint.spec.head_dim)[:, 0]
         return numbers.clone()
 
     def check_all_read(self) -> None:
@@ -213,7 +213,7 @@ def _cut(matrix: StoredMatrix, part: Part) -> StoredMatrix:
     return replace(matrix, packed=packed, shape=(num_rows, columns))
 
 
-def _in_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+def in_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Undo llama.cpp's order of the rows of queries and keys [heads * D, anything].
 
     Its converter puts the pairs that a rotation turns side by side; ours are the two halves of a head.

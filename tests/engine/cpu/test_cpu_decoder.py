@@ -21,10 +21,12 @@ from octavo_engine.cpu import library as libraries
 from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, matrix_bytes
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.variants import VARIANTS, best_variant
+from octavo_engine.models.adapter import shapes_of
 from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.models.spec import DecoderSpec, Rope
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
 from octavo_engine.steps import Steps, TorchSteps
+from octavo_engine.weights.low_rank import LowRank
 from octavo_engine.weights.quant_type import QuantType
 from octavo_engine.weights.stored import StoredMatrix
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from octavo_engine.cpu.compute import Compute
+    from octavo_engine.models.adapter import Place
 
 SAMPLING = SamplingParams(max_tokens=1)
 
@@ -130,7 +133,7 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
-SPECS = {
+SPECS: dict[str, dict[str, Any]] = {
     "llama": {},
     "three heads a KV head, of 64": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "hidden_size": 96},
     "eight heads a KV head, of 24": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 24},
@@ -280,6 +283,63 @@ def test_the_bytes_of_packed_weights_are_known_beforehand(
     ]  # the vocabulary of 100 fills no tile
     expected = sum(matrix_bytes(compute, quant_type, shape) for shape in (*layer * 2, (100, 64)))
     assert decoder.weight_bytes == expected
+
+
+ADAPTED: dict[str, tuple[Compute, QuantType, dict[str, Any], float]] = {
+    "float32": ("float32", QuantType.F32, {}, 3e-5),
+    "float32, sizes that fill no tile": ("float32", QuantType.F32, SPECS["sizes that fill no tile"], 3e-5),
+    "float32, heads of 80": ("float32", QuantType.F32, SPECS["no groups, heads of 80"], 3e-5),
+    "float32, gemma with biases": ("float32", QuantType.F32, SPECS["gemma"] | SPECS["biases"], 3e-5),
+    "bfloat16": ("bfloat16", QuantType.BF16, {}, 0.03),
+    "int8": ("int8", QuantType.Q8_0, {}, 0.03),
+    "int8 of 4 bits": ("int8", QuantType.Q4_1, {}, 0.06),
+}
+
+
+@pytest.mark.parametrize(("compute", "quant_type", "changes", "share"), ADAPTED.values(), ids=ADAPTED.keys())
+def test_adapters_are_added_as_torch_adds_them_and_change_nobody_elses_bits(
+    library: ctypes.CDLL, compute: Compute, quant_type: QuantType, changes: dict[str, Any], share: float
+) -> None:
+    spec, weights = spec_of(**changes), RandomWeights(quant_type)
+    decoder, in_float32 = in_cpp(library, spec, weights, compute), in_torch(spec, weights)
+    for number, rank in ((1, 8), (2, 3)):
+        pairs = random_pairs(spec, rank)
+        decoder.adapters.load(number, pairs)
+        assert in_float32.adapters is not None
+        in_float32.adapters.load(number, pairs)
+    requests = [
+        msgspec.structs.replace(
+            piece(tokens(40, seed=place), 0, 40, range(place * 5, place * 5 + 5), name=str(place)), adapter=adapter
+        )
+        for place, adapter in enumerate((1, 0, 2, 1))
+    ]
+
+    together, expected = logits_of(decoder, *requests), logits_of(in_float32, *requests)
+
+    for request, logits, truth in zip(requests, together, expected, strict=True):
+        assert relative_error(logits, truth) < share
+        assert torch.equal(logits, logits_of(decoder, request)[0])
+        if request.adapter:
+            (bare,) = logits_of(decoder, msgspec.structs.replace(request, adapter=0))
+            assert relative_error(bare, truth) > 0.1
+    last = [
+        msgspec.structs.replace(one, token_ids=one.token_ids[39:], num_computed_tokens=39) for one in requests
+    ]  # decodes: keys are stored while they are attended to
+    logits_of(decoder, *requests)
+    assert all(torch.equal(one, whole[39:]) for one, whole in zip(logits_of(decoder, *last), together, strict=True))
+
+
+def random_pairs(spec: DecoderSpec, rank: int) -> dict[Place, LowRank]:
+    generator = torch.Generator().manual_seed(rank)
+    return {
+        (layer, role): LowRank(
+            torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs),
+            torch.randn(outputs, rank, generator=generator) / math.sqrt(4 * rank),
+        )
+        for layer in range(spec.num_layers)
+        for role, (outputs, inputs) in shapes_of(spec).items()
+        if rank > 3 or role in ("k", "o", "up")
+    }
 
 
 def test_only_requests_that_need_a_token_get_logits(native: ctypes.CDLL) -> None:

@@ -37,14 +37,19 @@ def next_token(token_ids: tuple[int, ...], choice: int = 0) -> int:
     return hashlib.blake2s(bytes((*token_ids, choice))).digest()[0] % NUM_TOKEN_IDS
 
 
+def seen(token_ids: tuple[int, ...], adapter: int) -> tuple[int, ...]:
+    """What KV depends on: the tokens up to it, and the adapter that computes it."""
+    return (NUM_TOKEN_IDS + adapter, *token_ids) if adapter else token_ids
+
+
 def generate(
-    prompt: tuple[int, ...], sampling: SamplingParams, max_model_len: int, choice: int = 0
+    prompt: tuple[int, ...], sampling: SamplingParams, max_model_len: int, choice: int = 0, adapter: int = 0
 ) -> tuple[tuple[int, ...], str]:
     """What a choice of a request gets when it is alone in an engine without limits."""
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
     tokens = prompt
     while True:
-        tokens += (next_token(tokens, choice),)
+        tokens += (next_token(seen(tokens, adapter), choice),)
         output = tokens[len(prompt) :]
         if output[-1] in stops:
             return output, "stop"
@@ -58,7 +63,7 @@ def name(request_id: str, choice: int) -> str:
 
 
 class FakeRunner:
-    """Keeps as KV, in the slots of its blocks, all tokens that the KV depends on: those up to and with the slot's own.
+    """Keeps as KV, in the slots of its blocks, all that the KV depends on: the tokens up to its own, and the adapter.
 
     So it sees at once when a request reads what is not its own: shared wrongly, not copied, overwritten, stale.
     """
@@ -111,14 +116,16 @@ class FakeRunner:
         self.num_computed += end - start
         for position in range(start, end):
             failing = request.request_id in self.failing
-            self.slots[self.slot(request, position)] = None if failing else self.context(request)[: position + 1]
+            own = seen(self.context(request)[: position + 1], request.adapter)
+            self.slots[self.slot(request, position)] = None if failing else own
 
     def check(self, request: ScheduledRequest) -> None:
         """Read, after all have written, what attention reads."""
         if request.request_id not in self.failing:
             context = self.context(request)
             for position in range(len(context)):
-                assert self.slots[self.slot(request, position)] == context[: position + 1], (
+                own = seen(context[: position + 1], request.adapter)
+                assert self.slots[self.slot(request, position)] == own, (
                     f"{request.request_id} reads another's KV at {position}"
                 )
 
@@ -133,11 +140,11 @@ class FakeRunner:
             return [RequestResult(error="logits are NaN")] * request.num_results
         context = self.context(request)
         newest = context[: len(context) - request.num_proposed]
-        drawn = [next_token(newest, choice) for choice in request.choices]
+        drawn = [next_token(seen(newest, request.adapter), choice) for choice in request.choices]
         for choice, token_id in zip(request.choices, drawn, strict=True):
             self.sequences[name(request.request_id, choice)] = (*newest, token_id)
         for end in range(len(newest) + 1, len(context) + 1):
-            drawn.append(next_token(context[:end], request.choice))
+            drawn.append(next_token(seen(context[:end], request.adapter), request.choice))
             key = name(request.request_id, request.choice)
             if self.sequences[key] == context[:end]:
                 self.sequences[key] += (drawn[-1],)
@@ -244,7 +251,7 @@ class Engine:
             key = name(request_id, choice)
             self.outputs[key] = ()
             self.runner.sequences[key] = prompt
-            self.alone[key] = generate(prompt, sampling, self.max_model_len, choice)
+            self.alone[key] = generate(prompt, sampling, self.max_model_len, choice, message.adapter)
 
     def step(self) -> dict[str, int]:
         """One step; the number of tokens computed for each choice in it."""

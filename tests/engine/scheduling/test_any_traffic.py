@@ -77,6 +77,7 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         is_alike=st.booleans(),
         num_prompt_logprobs=st.sampled_from([None, None, None, 2]),
         fails=st.sampled_from([False, False, False, False, True]),
+        adapter=st.sampled_from([0, 0, 0, 1, 2]),
     )
     def add(
         self,
@@ -91,6 +92,7 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         is_alike: bool,
         num_prompt_logprobs: int | None,
         fails: bool,
+        adapter: int,
     ) -> None:
         """Add any request that is not refused; with `fails`, one whose KV and logits are NaN from the beginning."""
         longest = min(longest, self.engine.max_model_len - 1)
@@ -109,7 +111,12 @@ class AnyTrafficOnAnyPool(RuleBasedStateMachine):
         self.num_added += 1
         num_choices = min(num_choices, self.max_num_seqs)
         self.engine.add_request(
-            request_id, prompt[:num_prompt_tokens], sampling, num_choices=num_choices, priority=priority
+            request_id,
+            prompt[:num_prompt_tokens],
+            sampling,
+            num_choices=num_choices,
+            priority=priority,
+            adapter=adapter,
         )
         for choice in range(num_choices):
             self.longest[name(request_id, choice)] = num_prompt_tokens + max_tokens

@@ -36,7 +36,7 @@ def compute(kv: KVCacheManager, tokens: Sequence[int], owner: bytes = b"") -> tu
     begun = begin(kv, tokens)
     assert begun is not None
     kv.cache(begun[0], tokens, [], range(len(tokens) // kv.block_size), owner=owner)
-    kv.check_integrity([(begun[0], tokens)])
+    kv.check_integrity([(begun[0], tokens, 0)])
     kv.free(begun[0])
     return begun[0]
 
@@ -46,6 +46,24 @@ def test_tokens_get_whole_blocks(num_tokens: int, num_blocks: int) -> None:
     kv = manager(3, 4)
     assert len(allocate(kv, num_tokens)) == num_blocks
     assert kv.num_used_blocks == num_blocks
+
+
+def test_who_has_another_adapter_finds_no_block_of_the_same_tokens() -> None:
+    kv = manager(20, 2)
+    for adapter in (0, 1, 2, 256):
+        begun = kv.begin(range(7), [], owner=b"", num_spare_blocks=0, adapter=adapter)
+        assert begun is not None
+        assert begun[1] == 0
+        kv.cache(begun[0], range(7), [], range(3), adapter=adapter)
+        kv.check_integrity([(begun[0], range(7), adapter)])
+        with pytest.raises(AssertionError, match="cached for other tokens"):
+            kv.check_integrity([(begun[0], range(7), adapter + 1)])
+        kv.free(begun[0])
+    for adapter, found in ((0, 6), (1, 6), (2, 6), (256, 6), (3, 0)):
+        begun = kv.begin(range(7), [], owner=b"", num_spare_blocks=0, adapter=adapter)
+        assert begun is not None
+        assert begun[1] == found
+        kv.free(begun[0])
 
 
 def test_a_table_with_room_left_stays_as_it_is() -> None:
@@ -62,7 +80,7 @@ def test_a_full_table_grows_by_blocks_at_its_end() -> None:
     assert longer is not None
     assert longer[:2] == block_ids
     assert len(set(longer)) == 3
-    kv.check_integrity([(longer, range(9))])
+    kv.check_integrity([(longer, range(9), 0)])
 
 
 def test_an_allocation_that_does_not_fit_changes_nothing() -> None:
@@ -70,7 +88,7 @@ def test_an_allocation_that_does_not_fit_changes_nothing() -> None:
     block_ids = allocate(kv, 4)
     assert kv.extend((), 13) is None
     assert kv.extend(block_ids, 13) is None
-    kv.check_integrity([(block_ids, range(4))])
+    kv.check_integrity([(block_ids, range(4), 0)])
 
 
 def test_spare_blocks_stay_free() -> None:
@@ -96,7 +114,7 @@ def test_a_sequence_that_begins_like_another_finds_its_full_blocks() -> None:
         assert begun is not None
         assert begun[1] == num_found, "at least the last token is left to compute"
         assert begun[0][: num_found // 4] == block_ids[: num_found // 4]
-        kv.check_integrity([(begun[0], tokens)])
+        kv.check_integrity([(begun[0], tokens, 0)])
         kv.free(begun[0])
 
 
@@ -115,7 +133,7 @@ def test_a_found_block_is_shared_while_both_run_and_stays_until_both_have_ended(
     assert one[0][0] == other[0][0]
     assert kv.num_used_blocks == 3
     kv.free(one[0])
-    kv.check_integrity([(other[0], [1, 2, 5])])
+    kv.check_integrity([(other[0], [1, 2, 5], 0)])
     assert begin(kv, range(100, 108)) is None, "one block is still held"
     kv.free(other[0])
     assert begin(kv, range(100, 110)) is not None
@@ -143,13 +161,13 @@ def test_found_blocks_that_are_free_count_as_taken() -> None:
 def test_private_blocks_are_found_by_their_owner_until_they_are_everybodys() -> None:
     kv = manager(8, 2)
     block_ids = compute(kv, [1, 2, 3, 4], owner=b"me")
-    assert kv._find_cached([1, 2, 3, 4, 5], [], b"you") == ()
-    assert kv._find_cached([1, 2, 3, 4, 5], [], b"me") == block_ids
+    assert kv._find_cached([1, 2, 3, 4, 5], [], b"you", 0) == ()
+    assert kv._find_cached([1, 2, 3, 4, 5], [], b"me", 0) == block_ids
     kv.share(block_ids, 1)
     kv.cache(block_ids, [1, 2, 3, 4], [], range(2))
     kv.cache(block_ids, [1, 2, 3, 4], [], range(2), owner=b"me")
-    kv.check_integrity([(block_ids, [1, 2, 3, 4])])
-    assert kv._find_cached([1, 2, 3, 4, 5], [], b"you") == block_ids
+    kv.check_integrity([(block_ids, [1, 2, 3, 4], 0)])
+    assert kv._find_cached([1, 2, 3, 4, 5], [], b"you", 0) == block_ids
 
 
 def test_forgotten_blocks_are_not_found() -> None:
@@ -159,13 +177,13 @@ def test_forgotten_blocks_are_not_found() -> None:
     kv.forget(block_ids)
     kv.free(block_ids)
     kv.check_integrity([])
-    assert kv._find_cached([1, 2, 3, 4, 5], [], b"") == ()
+    assert kv._find_cached([1, 2, 3, 4, 5], [], b"", 0) == ()
 
 
 def test_without_prefix_caching_nothing_is_found() -> None:
     kv = manager(8, 2, enable_prefix_caching=False)
     compute(kv, [1, 2, 3, 4])
-    assert kv._find_cached([1, 2, 3, 4, 5], [], b"") == ()
+    assert kv._find_cached([1, 2, 3, 4, 5], [], b"", 0) == ()
 
 
 def test_a_shared_last_block_is_exchanged_before_it_is_written() -> None:
@@ -175,7 +193,7 @@ def test_a_shared_last_block_is_exchanged_before_it_is_written() -> None:
     private = kv.make_last_private(block_ids)
     assert private == (0, 2)
     assert kv.make_last_private(block_ids) is block_ids, "nobody else holds it any more"
-    kv.check_integrity([(block_ids, range(6)), (private, range(6))])
+    kv.check_integrity([(block_ids, range(6), 0), (private, range(6), 0)])
     kv.share(private, 1)
     assert kv.make_last_private(private) is None
 
@@ -185,13 +203,13 @@ def test_a_block_cached_for_other_tokens_breaks_integrity() -> None:
     block_ids = allocate(kv, 4)
     kv.cache(block_ids, [1, 2, 3, 4], [], range(2))
     with pytest.raises(AssertionError, match="block 1 is cached for other tokens"):
-        kv.check_integrity([(block_ids, [1, 2, 3, 5])])
+        kv.check_integrity([(block_ids, [1, 2, 3, 5], 0)])
 
 
 def test_an_unused_block_in_a_table_breaks_integrity() -> None:
     kv = manager(2, 4)
     with pytest.raises(AssertionError, match=r"both free and in a block table: \[1\]"):
-        kv.check_integrity([((1,), range(4))])
+        kv.check_integrity([((1,), range(4), 0)])
 
 
 def test_a_leaked_block_breaks_integrity() -> None:
@@ -205,7 +223,7 @@ def test_a_block_in_more_tables_than_it_counts_breaks_integrity() -> None:
     kv = manager(2, 4)
     block_ids = allocate(kv, 4)
     with pytest.raises(AssertionError, match="counts 1 holders, 2 block tables hold it"):
-        kv.check_integrity([(block_ids, range(4)), (block_ids, range(4))])
+        kv.check_integrity([(block_ids, range(4), 0), (block_ids, range(4), 0)])
 
 
 def test_a_block_freed_twice_breaks_integrity() -> None:
@@ -235,5 +253,5 @@ def test_no_sequence_of_allocations_loses_or_shares_a_block(
             assert (new is not None) == (num_new_blocks <= num_free_blocks)
             assert new is None or len(new) == len(old) + num_new_blocks
             tables.append(old if new is None else new)
-        kv.check_integrity([(table, ()) for table in tables])
+        kv.check_integrity([(table, (), 0) for table in tables])
         assert kv.num_used_blocks == sum(map(len, tables))

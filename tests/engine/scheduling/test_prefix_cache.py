@@ -42,6 +42,19 @@ def test_the_next_turn_of_a_conversation_finds_the_last_answer_too() -> None:
     assert engine.step() == {"next": 6 + 20 + 2 - 24}
 
 
+def test_the_same_prompt_is_shared_within_an_adapter_and_with_no_other() -> None:
+    engine = Engine(max_num_batched_tokens=64)
+    for adapter, name in ((0, "none"), (1, "one"), (2, "two")):
+        engine.add_request(name, PROMPT, SAMPLING, adapter=adapter)
+        engine.run()
+    engine.add_request("one again", PROMPT, SAMPLING, adapter=1, num_choices=2)
+    engine.add_request("none again", PROMPT, SAMPLING)
+    engine.run()
+    engine.check_outputs()
+    found = {"none": 0, "one": 0, "two": 0, "one again": 20, "one again#1": 20, "none again": 20}
+    assert engine.num_cached_tokens == found
+
+
 def test_choices_tell_what_their_prompt_found() -> None:
     engine = Engine(max_num_batched_tokens=64)
     engine.add_request("first", PROMPT, SAMPLING)

@@ -22,7 +22,7 @@ from ollama import AsyncClient
 
 from octavo_engine import core
 from octavo_engine.config import EngineConfig, ServerConfig
-from octavo_engine.errors import ModelUnsupported
+from octavo_engine.errors import ModelInvalid, ModelNotFound, ModelUnsupported
 from octavo_engine.messages import EngineFacts
 from octavo_engine.plan import LoadedModel, RequestResult, StepPlan, StepResult, TokenLogprobs
 from octavo_engine.server.app import create_app
@@ -102,6 +102,7 @@ class FakeEngine:
         loaded: the model is loaded once this is set.
         steps: the engine steps while this is set, and is silent while it is not.
         num_steps: how many steps have begun.
+        adapters: the loaded LoRA adapters; each says its path.
     """
 
     def __init__(self) -> None:
@@ -118,6 +119,7 @@ class FakeEngine:
         self.steps.set()
         self.num_steps = 0
         self.processes: list[FakeProcess] = []
+        self.adapters: dict[int, Path] = {}
 
     @property
     def prompt(self) -> bytes:
@@ -156,7 +158,13 @@ class FakeEngine:
             device="cpu",
             num_parameters=1,
         )
-        return LoadedModel(runner=FakeRunner(self), facts=facts, eos_token_ids=frozenset({EOS}), vocab_size=260)
+        self.adapters.clear()
+        adapters = FakeAdapters(self)
+        for number, path in enumerate(config.adapters, start=1):
+            adapters.load(number, path)
+        return LoadedModel(
+            runner=FakeRunner(self), facts=facts, eos_token_ids=frozenset({EOS}), vocab_size=260, adapters=adapters
+        )
 
     def end(self) -> None:
         """Let every process end."""
@@ -165,6 +173,26 @@ class FakeEngine:
         for process in self.processes:
             process.kill()
             process.wait()
+
+
+class FakeAdapters:
+    """Takes any path but those with "wrong" in them."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def load(self, adapter: int, path: Path) -> None:
+        """As Adapters.load."""
+        assert adapter > max(self._engine.adapters, default=0), "numbers are used once"
+        if "wrong" in path.name:
+            raise ModelInvalid(f"{path.name}: tensor x has shape [1, 2]")
+        if "none" in path.name:
+            raise ModelNotFound(f"there is no adapter at {path.name}")
+        self._engine.adapters[adapter] = path
+
+    def unload(self, adapter: int) -> None:
+        """As Adapters.unload."""
+        del self._engine.adapters[adapter]
 
 
 class FakeRunner:
@@ -203,6 +231,8 @@ class FakeRunner:
             for choice in request.choices:
                 key = (request.request_id, choice)
                 text = self._engine.answers.get(choice, self._engine.answer)
+                if request.adapter:
+                    text = f"I am {self._engine.adapters[request.adapter].name}, number {request.adapter}."
                 token_id = next(self._answers.setdefault(key, iter(tokens_of(text))), EOS)
                 results.append(
                     RequestResult(token_id=token_id, logprobs=logprobs_of(token_id, request.sampling.num_logprobs))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from ollama import AsyncClient, ResponseError
+from safetensors.numpy import save_file
 
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.server.shelf import Shelf
@@ -270,6 +273,43 @@ async def test_a_model_is_made_of_an_uploaded_file(
     assert list((store / "partial").iterdir()) == []
 
 
+def write_adapter(folder: Path, hidden_size: int) -> list[Path]:
+    """The files of an adapter of a model of one layer with so many inputs."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    a, b = np.zeros((4, hidden_size), np.float32), np.zeros((8, 4), np.float32)
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    return list(folder.iterdir())
+
+
+async def test_a_model_is_made_with_an_uploaded_adapter(ollama: AsyncClient, store: Path, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "files", hidden_size=8)
+    adapters = {path.name: await ollama.create_blob(path) for path in files}
+    await ollama.create("poet", from_="a", adapters=adapters)
+    text = (await ollama.show("poet")).modelfile or ""
+    (placed,) = (store / "adapters").iterdir()
+    assert text == f"FROM {store / 'a.gguf'}\nADAPTER {placed}\n"
+    assert await ask(ollama, "poet") == f"I am {placed.name}, number 1."
+    await ollama.create("kind-poet", from_="poet", system="Be kind.")
+    await ollama.delete("poet")
+    assert await ask(ollama, "kind-poet") == f"I am {placed.name}, number 1."
+    await ollama.delete("kind-poet")
+    assert not (store / "adapters").exists()
+    assert list((store / "blobs").iterdir()) == []
+
+
+async def test_an_uploaded_adapter_of_another_model_is_refused(
+    ollama: AsyncClient, store: Path, tmp_path: Path
+) -> None:
+    files = write_adapter(tmp_path / "files", hidden_size=16)
+    adapters = {path.name: await ollama.create_blob(path) for path in files}
+    with pytest.raises(ResponseError, match=r"q_proj.lora_A.weight has shape \[4, 16\]"):
+        await ollama.create("poet", from_="a", adapters=adapters)
+    assert list((store / "adapters").glob("*")) == []
+
+
 async def test_an_upload_that_is_something_else_is_refused(http: httpx.AsyncClient, store: Path) -> None:
     digest = f"sha256:{'0' * 64}"
     assert (await http.head(f"/api/blobs/{digest}")).status_code == 404
@@ -287,7 +327,9 @@ async def test_an_upload_that_is_something_else_is_refused(http: httpx.AsyncClie
         ({"model": "m", "from": "none"}, "'none' not found"),
         ({"model": "../m", "from": "a"}, "cannot name a model"),
         ({"model": "m", "from": "a", "quantize": "q4_0"}, "quantise the GGUF file before"),
-        ({"model": "m", "from": "a", "adapters": {"x": "y"}}, "no LoRA adapters"),
+        ({"model": "m", "from": "a", "adapters": {"x": "y"}}, "is not of the form"),
+        ({"model": "m", "from": "a", "adapters": {"x": f"sha256:{'0' * 64}"}}, "there is no blob"),
+        ({"model": "m", "files": {"x": "y"}, "adapters": {"x": "y"}}, "adapters are for a model that is there"),
         ({"model": "m", "from": "a", "template": "{{ .X | y }}"}, "TEMPLATE"),
         ({"model": "m", "from": "a", "parameters": {"mirostat": 1}}, "mirostat"),
         ({"model": "m", "files": {"m.gguf": f"sha256:{'0' * 64}"}}, "there is no blob"),

@@ -44,6 +44,12 @@ def test_an_answer_comes_in_pieces(chat: Chat) -> None:
     assert said(chat.ask("Hi")) == "The answer is 42."
 
 
+def test_the_adapter_of_its_modelfile_answers(engine: FakeEngine, config: ServerConfig, tmp_path: Path) -> None:
+    options = replace(config, engine=replace(config.engine, adapter=tmp_path / "poet"))
+    with new_chat(engine, options) as chat:
+        assert said(chat.ask("Hi")) == "I am poet, number 1."
+
+
 def test_the_conversation_grows_by_question_and_answer(chat: Chat, engine: FakeEngine) -> None:
     engine.failing = "The answer is 42."  # fails as soon as a prompt has the first answer in it
     assert said(chat.ask("Hi")) == "The answer is 42."

@@ -189,7 +189,7 @@ async def test_a_model_to_a_file_has_its_modelfile_beside_it(registry: str, tmp_
         ),
         ([(f"{OLLAMA}params", b'{"mirostat": 2}', {})], ModelfileInvalid, "mirostat 2 is not supported"),
         ([(f"{OLLAMA}params", b"[1]", {})], ModelInvalid, "cannot be read"),
-        ([(f"{OLLAMA}adapter", b"lora", {})], ModelUnsupported, "layer of kind adapter: this engine has no LoRA"),
+        ([(f"{OLLAMA}adapter", b"lora", {})], ModelUnsupported, "layer of kind adapter: adapters are not fetched"),
     ],
 )
 async def test_what_a_model_of_ollamas_has_that_the_engine_lacks_is_told(

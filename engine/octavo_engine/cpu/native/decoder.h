@@ -1,7 +1,7 @@
 // A decoder-only transformer: one call computes a whole step, from token ids to logits.
 //
 // All threads go through the same phases and meet at a barrier where a phase reads what others wrote. Per layer: norm, QKV,
-// attention, output, norm, gate and up, down. With few rows every thread computes the norms itself, which is cheaper
+// attention, output, norm, gate and up, down; in a step with LoRA adapters each product has a phase before it. With few rows every thread computes the norms itself, which is cheaper
 // than to meet. Nothing that is summed depends on the number of threads or rows.
 #pragma once
 
@@ -25,6 +25,13 @@ struct Config {
   float rms_norm_eps, embedding_scale, attention_scale, attention_softcap, logit_softcap;  // soft caps: 0 for none
 };
 
+// What a LoRA adapter adds to one product: B (A x). Row-major float32 in the caller's memory; the scale is in B.
+struct LowRank {
+  int32_t rank;          // 0: it adds nothing
+  const float* a;        // [rank, inputs]
+  const float* b;        // [rank, outputs]: transposed
+};
+
 // One step; the tokens of a request are adjacent.
 struct Step {
   int32_t num_tokens, num_requests, num_logits;
@@ -36,6 +43,8 @@ struct Step {
   const int32_t* logits_rows;    // [num_logits]: tokens
   float* logits;                 // [num_logits, vocab_size]
   float* states;                 // [num_logits, hidden_size]: what they are computed of, normed; or null
+  const LowRank* const* adapters;  // [num_requests], or null: none has one. Of one: [num_layers * 7] by Role, or null
+  int32_t max_rank;              // of all adapters of the step
 };
 
 enum class Role : int32_t { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kEmbedding, kHead, kNumMatrices };
@@ -43,10 +52,12 @@ enum class Vector : int32_t {
   kAttentionNorm, kMlpNorm, kPostAttentionNorm, kPostMlpNorm, kQueryNorm, kKeyNorm,
   kQueryBias, kKeyBias, kValueBias, kOutputBias, kFinalNorm, kNumVectors
 };
-enum Phase { kEmbed, kNorm, kQkv, kAttend, kOutputProduct, kGateUp, kDownProduct, kLogits, kNumPhases };
+constexpr int kLayerMatrices = 7;  // the first of Role
+constexpr int kMostFused = 3;      // matrices that read the same input
+enum Phase { kEmbed, kNorm, kQkv, kAttend, kOutputProduct, kGateUp, kDownProduct, kLogits, kAdapters, kNumPhases };
 
 struct Layer {
-  Matrix matrices[7];
+  Matrix matrices[kLayerMatrices];
   std::vector<float> vectors[(int)Vector::kNumVectors];
   int32_t window = 0;  // tokens that may be looked at, 0: all
   int32_t rope = 0;
@@ -179,6 +190,7 @@ class Decoder {
 
   void lay_out() {
     reserve(step_->num_tokens);
+    reserve_low_rank();
     token_request_.clear();
     items_.clear();
     splits_.clear();
@@ -231,6 +243,12 @@ class Decoder {
     attended_ = Memory((size_t)(rows * query_size() * 4));
   }
 
+  void reserve_low_rank() {
+    if (!step_->adapters) return;
+    const size_t bytes = (size_t)step_->num_tokens * kMostFused * (size_t)step_->max_rank * 4;
+    if (low_rank_.bytes() < bytes) low_rank_ = Memory(bytes);
+  }
+
   int32_t position(int32_t token, int32_t request) const {
     return step_->computed[request] + token - step_->query_starts[request];
   }
@@ -245,26 +263,31 @@ class Decoder {
       const Layer& layer = layers_[(size_t)index];
       const Matrix &q = layer.matrix(Role::kQuery), &k = layer.matrix(Role::kKey), &v = layer.matrix(Role::kValue);
       const Activations& x = norm(thread, rows, layer.vector(Vector::kAttentionNorm), needs({&q, &k, &v}));
-      project_qkv(thread, layer, x);
+      reduce(thread, index, {Role::kQuery, Role::kKey, Role::kValue}, x);
+      project_qkv(thread, index, x);
       meet(thread, kQkv);
       attend(thread, index, needs({&layer.matrix(Role::kOutput)}));
       meet(thread, kAttend);
-      add_product(thread, layer.matrix(Role::kOutput), attention_out_.x, layer.vector(Vector::kOutputBias),
+      reduce(thread, index, {Role::kOutput}, attention_out_.x);
+      add_product(thread, index, Role::kOutput, attention_out_.x, layer.vector(Vector::kOutputBias),
                   layer.vector(Vector::kPostAttentionNorm));
       meet(thread, kOutputProduct);
       const Matrix &gate = layer.matrix(Role::kGate), &up = layer.matrix(Role::kUp), &down = layer.matrix(Role::kDown);
       const Activations& y = norm(thread, rows, layer.vector(Vector::kMlpNorm), needs({&gate, &up}));
-      gate_and_up(thread, gate, up, y, needs({&down}));
+      reduce(thread, index, {Role::kGate, Role::kUp}, y);
+      gate_and_up(thread, index, y, needs({&down}));
       meet(thread, kGateUp);
-      add_product(thread, down, middle_.x, {}, layer.vector(Vector::kPostMlpNorm));
+      reduce(thread, index, {Role::kDown}, middle_.x);
+      add_product(thread, index, Role::kDown, middle_.x, {}, layer.vector(Vector::kPostMlpNorm));
       meet(thread, kDownProduct);
     }
     if (step_->num_logits > 0) compute_logits(thread);
   }
 
-  static Needs needs(std::initializer_list<const Matrix*> matrices) {
+  Needs needs(std::initializer_list<const Matrix*> matrices) const {
     Needs all;
     for (const Matrix* matrix : matrices) all.add(matrix->form());
+    if (step_->adapters) all.floats = true;
     return all;
   }
 
@@ -320,7 +343,49 @@ class Decoder {
       }
   }
 
-  void project_qkv(int thread, const Layer& layer, const Activations& x) {
+  // What the adapter of a token adds to a product; null: nothing.
+  const LowRank* adapter(int token, int layer, Role role) const {
+    const LowRank* all = step_->adapters[token_request_[(size_t)token]];
+    if (!all) return nullptr;
+    const LowRank& one = all[layer * kLayerMatrices + (int)role];
+    return one.rank > 0 ? &one : nullptr;
+  }
+
+  float* low_rank(int token, int place) const {
+    return low_rank_.as<float>() + ((int64_t)token * kMostFused + place) * step_->max_rank;
+  }
+
+  // A x of every token that has an adapter, for matrices that read the same x. Nothing in a step without adapters.
+  void reduce(int thread, int layer, std::initializer_list<Role> roles, const Activations& x) {
+    if (!step_->adapters) return;
+    const int num_roles = (int)roles.size(), ranks = step_->max_rank;
+    each_row(step_->num_tokens * num_roles * ranks, [&](int unit) {
+      const int rank = unit % ranks, place = unit / ranks % num_roles, token = unit / ranks / num_roles;
+      const LowRank* one = adapter(token, layer, roles.begin()[place]);
+      if (!one || rank >= one->rank) return;
+      const int64_t inputs = layers_[(size_t)layer].matrix(roles.begin()[place]).inputs();
+      low_rank(token, place)[rank] = dot(one->a + rank * inputs, x.floats + token * x.inputs, inputs);
+    });
+    meet(thread, kAdapters);
+  }
+
+  // Adds B (A x) to a block of outputs, after `reduce`; `place` is the role's in the list that it was given.
+  void add_low_rank(int layer, Role role, int place, int block, int first_row, int num_rows, float* products) const {
+    if (!step_->adapters) return;
+    const int64_t outputs = layers_[(size_t)layer].matrix(role).outputs();
+    const int64_t column = (int64_t)block * kBlock, size = std::min<int64_t>(kBlock, outputs - column);
+    for (int row = 0; row < num_rows; row++) {
+      const LowRank* one = adapter(first_row + row, layer, role);
+      if (!one) continue;
+      const float* reduced = low_rank(first_row + row, place);
+      float sums[kBlock] = {};
+      for (int32_t rank = 0; rank < one->rank; rank++) add_multiple(sums, reduced[rank], one->b + rank * outputs + column, size);
+      for (int64_t i = 0; i < size; i++) products[row * kBlock + i] += sums[i];
+    }
+  }
+
+  void project_qkv(int thread, int index, const Activations& x) {
+    const Layer& layer = layers_[(size_t)index];
     constexpr Role kRoles[3] = {Role::kQuery, Role::kKey, Role::kValue};
     constexpr Vector kBiases[3] = {Vector::kQueryBias, Vector::kKeyBias, Vector::kValueBias};
     const int64_t columns[3] = {0, query_size(), query_size() + kv_size()};
@@ -333,6 +398,7 @@ class Decoder {
       const Matrix& matrix = layer.matrix(kRoles[which]);
       const std::vector<float>& bias = layer.vector(kBiases[which]);
       matrix.multiply_block(block, x, first_row, num_rows, products);
+      add_low_rank(index, kRoles[which], which, block, first_row, num_rows, products);
       const int64_t column = (int64_t)block * kBlock, size = std::min<int64_t>(kBlock, matrix.outputs() - column);
       for (int row = 0; row < num_rows; row++) {
         float* out = qkv(first_row + row) + columns[which] + column;
@@ -346,11 +412,13 @@ class Decoder {
   }
 
   // The residual gets the product, or with a norm after it (Gemma), the normed product.
-  void add_product(int thread, const Matrix& matrix, const Activations& x, const std::vector<float>& bias,
+  void add_product(int thread, int index, Role role, const Activations& x, const std::vector<float>& bias,
                    const std::vector<float>& post_norm) {
+    const Matrix& matrix = layers_[(size_t)index].matrix(role);
     float* products = threads_[(size_t)thread].first.data();
     each_unit(matrix.num_blocks(), step_->num_tokens, [&](int block, int first_row, int num_rows) {
       matrix.multiply_block(block, x, first_row, num_rows, products);
+      add_low_rank(index, role, 0, block, first_row, num_rows, products);
       const int64_t column = (int64_t)block * kBlock, size = std::min<int64_t>(kBlock, matrix.outputs() - column);
       for (int row = 0; row < num_rows; row++) {
         float* from = products + row * kBlock;
@@ -373,11 +441,15 @@ class Decoder {
     });
   }
 
-  void gate_and_up(int thread, const Matrix& gate, const Matrix& up, const Activations& x, const Needs& needs) {
+  void gate_and_up(int thread, int index, const Activations& x, const Needs& needs) {
+    const Layer& layer = layers_[(size_t)index];
+    const Matrix &gate = layer.matrix(Role::kGate), &up = layer.matrix(Role::kUp);
     Thread& own = threads_[(size_t)thread];
     each_unit(gate.num_blocks(), step_->num_tokens, [&](int block, int first_row, int num_rows) {
       gate.multiply_block(block, x, first_row, num_rows, own.first.data());
       up.multiply_block(block, x, first_row, num_rows, own.second.data());
+      add_low_rank(index, Role::kGate, 0, block, first_row, num_rows, own.first.data());
+      add_low_rank(index, Role::kUp, 1, block, first_row, num_rows, own.second.data());
       for (int row = 0; row < num_rows; row++) {  // outputs beyond the last are products with zeros: 0
         float* gates = own.first.data() + row * kBlock;
         gate_block((Gate)config_.gate, gates, own.second.data() + row * kBlock, gates);
@@ -546,7 +618,7 @@ class Decoder {
 
   int64_t reserved_rows_ = 0;
   Buffers hidden_, attention_out_, middle_;
-  Memory residual_, branch_, qkv_, attended_;
+  Memory residual_, branch_, qkv_, attended_, low_rank_;
   Clock::time_point clock_;
   double phase_seconds_[kNumPhases] = {};
 };

@@ -26,6 +26,25 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t siz
   for (; i < size; i++) y[i] = x[i] * scale * weight[i];
 }
 
+inline float dot(const float* x, const float* y, int64_t size) {
+  Floats sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes)
+    for (int j = 0; j < 2; j++)
+      sums[j] = multiply_add(load_floats(x + i + j * kLanes), load_floats(y + i + j * kLanes), sums[j]);
+  float sum = sum_lanes(sums[0] + sums[1]);
+  for (; i < size; i++) sum += x[i] * y[i];
+  return sum;
+}
+
+// y += factor * x
+inline void add_multiple(float* y, float factor, const float* x, int64_t size) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    store(y + i, multiply_add(broadcast(factor), load_floats(x + i), load_floats(y + i)));
+  for (; i < size; i++) y[i] += factor * x[i];
+}
+
 // Turns the pairs (x[d], x[d + half]) by their angles.
 inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
   int64_t d = 0;

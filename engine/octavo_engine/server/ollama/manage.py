@@ -10,6 +10,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final
 
@@ -18,6 +19,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect, Request
 
 from octavo_engine.errors import OctavoError, RequestInvalid, UserError
+from octavo_engine.models.adapter import read_adapter
+from octavo_engine.planning import read_model
 from octavo_engine.server.dependencies import CurrentService
 from octavo_engine.server.envelope import describe as describe_error
 from octavo_engine.server.ollama.answers import line
@@ -27,8 +30,8 @@ from octavo_engine.server.ollama.protocol import CopyRequest, CreateRequest, Mod
 from octavo_engine.server.shelf import Shelf
 from octavo_engine.store import derived
 from octavo_engine.store.artifacts import MODEL_FILE
-from octavo_engine.store.blobs import Blobs
-from octavo_engine.store.local import MODELFILE, locate, remove
+from octavo_engine.store.blobs import ADAPTERS, Blobs
+from octavo_engine.store.local import MODELFILE, locate, remove, remove_unused_adapters
 from octavo_engine.store.pull import pull
 from octavo_engine.store.remote import Progress
 from octavo_engine.store.source import parse_source
@@ -97,7 +100,12 @@ async def create_model(body: CreateRequest, shelf: CurrentShelf) -> Response:
         derived.path_of(body.which, shelf.store)
     modelfile = body.modelfile()
     base = await asyncio.to_thread(shelf.find, body.base) if body.base is not None else None
-    files = {} if base is not None else _uploaded(body.files or {}, Blobs(shelf.store))
+    files = {} if base is not None else _uploaded_model(body.files or {}, Blobs(shelf.store))
+    if base is not None and body.adapters:
+        uploaded = _uploaded(body.adapters, "adapters", Blobs(shelf.store))
+        with _refusals():
+            path = await asyncio.to_thread(_place_adapter, uploaded, base.model, shelf.store)
+            modelfile = replace(modelfile, adapter=str(path))
 
     async def work(_on_progress: Progress) -> None:
         await shelf.retire(body.which)
@@ -224,23 +232,43 @@ def _sha256(digest: str) -> str:
     return match["sha256"]
 
 
-def _uploaded(files: dict[str, str], blobs: Blobs) -> dict[PurePosixPath, str]:
-    """The digests of uploaded files by their names in the model's folder."""
+def _uploaded(files: dict[str, str], field: str, blobs: Blobs) -> dict[PurePosixPath, str]:
+    """The digests of uploaded files by their names in one folder."""
     found = {}
     for name, digest in files.items():
         sha256 = _sha256(digest)
         path = PurePosixPath(name.replace("\\", "/"))
         if not _FILE_NAME.fullmatch(path.name) or path.name == MODELFILE:
-            raise RequestInvalid(f"{path.name[:50]!r} cannot be the name of a model's file", param="files")
+            raise RequestInvalid(f"{path.name[:50]!r} cannot be the name of a model's file", param=field)
         if not blobs.path(sha256).exists():
             raise RequestInvalid(
-                f"there is no blob {digest}: upload it to {UPLOADS}{digest}", param=f"files.{name[:50]}"
+                f"there is no blob {digest}: upload it to {UPLOADS}{digest}", param=f"{field}.{name[:50]}"
             )
         found[PurePosixPath(path.name)] = sha256
+    return found
+
+
+def _uploaded_model(files: dict[str, str], blobs: Blobs) -> dict[PurePosixPath, str]:
+    found = _uploaded(files, "files", blobs)
     models = [path for path in found if path.suffix == ".gguf"]
     if not models and PurePosixPath("config.json") not in found:
         raise RequestInvalid("files hold neither a .gguf file nor config.json", param="files")
     return {MODEL_FILE: found[models[0]]} if len(models) == 1 else found
+
+
+def _place_adapter(files: dict[PurePosixPath, str], model: Path, store: Path) -> Path:
+    """Put uploaded files into a folder and return the adapter that they are, if it is one for the model."""
+    name = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    place = store / ADAPTERS / name
+    Blobs(store).link_folder(place, files, {})
+    ggufs = [path for path in files if path.suffix == ".gguf"]
+    adapter = place / ggufs[0] if len(files) == len(ggufs) == 1 else place
+    try:
+        read_adapter(adapter, read_model(model).spec)
+    except UserError as error:
+        remove_unused_adapters(store)
+        raise RequestInvalid(str(error), param="adapters") from error
+    return adapter
 
 
 def _place(name: str, files: dict[PurePosixPath, str], modelfile: str, store: Path) -> None:

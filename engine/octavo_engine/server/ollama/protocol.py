@@ -48,7 +48,6 @@ NEUTRAL_TRANSFER_FIELDS: Final[Mapping[str, Neutral]] = {
     "password": only("", instead="passwords are those of `docker login`"),
 }
 NEUTRAL_CREATE_FIELDS: Final[Mapping[str, Neutral]] = {
-    "adapters": only({}, instead="this engine has no LoRA adapters yet: merge the adapter into the model first"),
     "info": only({}),
     "modelfile": only("", instead="send its instructions as fields, as Ollama's clients do since 0.5.5"),
     "parser": only(""),
@@ -305,6 +304,7 @@ class CreateRequest(ModelRequest):
 
     base: Annotated[Name | None, Field(alias="from")] = None
     files: dict[str, str] | None = None  # digests of uploaded blobs by file names
+    adapters: dict[str, str] | None = None  # the same, of a LoRA adapter: PEFT's two files, or a GGUF file
     template: Text | None = None
     license: Text | list[Text] | None = None
     system: Text | None = None
@@ -321,6 +321,11 @@ class CreateRequest(ModelRequest):
     def _check_base(self) -> "CreateRequest":
         if (self.base is None) == (not self.files):
             raise RequestInvalid("either from or files says which model it is made of", param="from")
+        if self.adapters and self.base is None:
+            raise RequestInvalid(
+                "adapters are for a model that is there: make one of files first, and this one from it",
+                param="adapters",
+            )
         return self
 
     def modelfile(self) -> Modelfile:

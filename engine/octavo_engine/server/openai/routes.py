@@ -140,6 +140,7 @@ async def retrieve_model(name: str, service: CurrentService) -> JSONResponse:
 
 def _model_card(model: Served) -> dict[str, Any]:
     card = {"id": model.name, "object": "model", "created": _STARTED, "owned_by": "octavo"}
+    card |= {} if model.parent is None else {"parent": model.parent}
     return card if model.max_model_len is None else card | {"max_model_len": model.max_model_len}
 
 
