@@ -186,7 +186,7 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=model.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
-            paces_prefills=model.facts.device == "cpu",
+            positions_a_token=model.positions_a_token,
             speculation=speculation_of(config),
         )
         channel.send(model.facts)

@@ -188,5 +188,6 @@ class LoadedModel:
     facts: EngineFacts  # block_size, num_blocks and max_model_len are what the scheduler works with
     eos_token_ids: frozenset[int]  # any of these ends a request, unless it asked for ignore_eos
     vocab_size: int  # rows of the embedding: the model knows token ids below this
+    positions_a_token: int | None = None  # attending to so many takes as long as a token's other work; None: no matter
     adapters: Adapters | None = None  # None: the options ask for none
     check: Callable[[], None] = lambda: None  # called while idle: raises if what computes is not all there any more

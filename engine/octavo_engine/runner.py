@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from octavo_engine import device as devices
-from octavo_engine import planning, resources, sampler
+from octavo_engine import planning, resources, sampler, sizing
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
 from octavo_engine.draft import Drafter
@@ -249,7 +249,8 @@ def load_runner(
     if config.num_adapter_slots or config.adapters:
         assert steps.adapters is not None, "what takes none is refused with the options"
         adapters = AdapterLoader(steps.adapters, spec, config)
-    loaded = LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size, adapters)
+    period = sizing.positions_a_token(spec, memory.max_model_len) if device.type == "cpu" else None
+    loaded = LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size, period, adapters)
     return loaded if ranks is None else replace(loaded, check=ranks.check)
 
 

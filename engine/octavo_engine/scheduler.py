@@ -11,28 +11,9 @@ There are no phases: every running request lags behind its known tokens, and a s
    each running request one block to grow into. (Where the pool is too small for the load, that block spares about two
    thirds of the recomputation for 1 to 2 % more steps.) Their blocks are taken at once, so a prefill that has begun
    never runs out of blocks. A request for n answers takes n seats, and blocks for its prompt alone.
-3. Prefills share what is left after the decodes: the shortest remaining first, of one priority, as far as they can be
-   finished. If any can, the others wait, but for the first in order, which is sure of one part in FIRST_PREFILL_PARTS.
-   If none can, the step is filled up with them.
-
-Where each token makes a step longer (a CPU: `paces_prefills`), prefills beside D decodes get PACED_TOKENS and
-PACED_TOKENS_A_DECODE * D tokens at most, so that the decodes wait for about three times what they need by themselves.
-Of these few, the first in order is sure of one part in PACED_FIRST_PREFILL_PARTS. Elsewhere tokens are nearly free
-until a processor is filled, and more steps would cost more.
-
-So a long prompt gets what short ones leave, neither makes the other's steps long, and nobody starves. With B =
-`max_num_batched_tokens`, S = `max_num_seqs`, and F = ceil((B - S + 1) / FIRST_PREFILL_PARTS), paced at most
-PACED_TOKENS / PACED_FIRST_PREFILL_PARTS:
-
-- Long prompts cannot hold up short ones. Those that fit into what the decodes and F leave (and pacing allows) are
-  computed in the step that admits them, and that step computes few tokens of longer prompts beside them. So a short
-  prompt waits for the step under way, and then for one that is hardly longer than its own.
-- Short prompts cannot hold up long ones: the first unfinished prompt in order computes at least F tokens in every step.
-  Once admitted, a prompt is done after at most the sum of ceil(n / F) steps over itself and the unfinished prompts
-  before it in order, n their uncomputed tokens, however many of its priority arrive later.
-- Prompts whose logprobs are asked for take logits after each token: together at most NUM_PROMPT_ROWS in a step and one
-  more for each free seat, of which the first in order is sure of half of the former. They find nothing in the prefix
-  cache.
+3. Prefills share what is left after the decodes (prefills.py): the shortest remaining first, of one priority, as far as
+   they can be finished. If any can, the others wait, but for the first in order, which is sure of a part. If none can,
+   the step is filled up with them.
 
 "In order" is by priority (lower first), then arrival, then choice. When a decode finds no free block, the running
 request that is last in order is preempted: its blocks are freed, and it waits in its place in the queue to be
@@ -64,8 +45,8 @@ from octavo_engine.errors import RequestInvalid
 from octavo_engine.kvcache.manager import KVCacheManager
 from octavo_engine.messages import RequestUpdate, SchedulerStats
 from octavo_engine.plan import TO_BE_DRAFTED, ScheduledRequest, StepPlan
+from octavo_engine.prefills import PrefillRule
 from octavo_engine.request import Request, RequestStatus
-from octavo_engine.sizing import NUM_PROMPT_ROWS
 from octavo_engine.speculation import count_right
 
 if TYPE_CHECKING:
@@ -75,11 +56,6 @@ if TYPE_CHECKING:
     from octavo_engine.messages import AddRequest, FinishReason
     from octavo_engine.plan import RequestResult, StepResult
     from octavo_engine.speculation import Speculation
-
-FIRST_PREFILL_PARTS = 16
-PACED_TOKENS = 16
-PACED_TOKENS_A_DECODE = 2
-PACED_FIRST_PREFILL_PARTS = 4
 
 _order = attrgetter("order")
 
@@ -95,7 +71,7 @@ class Scheduler:
         max_num_batched_tokens: token budget of one step, at least max_num_seqs.
         eos_token_ids: the model's end-of-sequence tokens.
         enable_prefix_caching: whether requests find the KV of others that began alike.
-        paces_prefills: whether a step takes longer with every token; see above.
+        positions_a_token: what LoadedModel says; see prefills.py.
         speculation: what guesses come from, with speculative decoding.
     """
 
@@ -109,7 +85,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
         enable_prefix_caching: bool = True,
-        paces_prefills: bool = False,
+        positions_a_token: int | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         assert max_model_len <= num_blocks * block_size, "a request of max_model_len tokens must fit alone"
@@ -121,7 +97,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
-        self._paces_prefills = paces_prefills
+        self._prefill_rule = PrefillRule(positions_a_token)
         self._speculation = speculation
         self._requests: dict[str, list[Request]] = {}  # the living choices of every request
         self._running: list[Request] = []  # in order
@@ -198,16 +174,12 @@ class Scheduler:
         self._in_step, self._copies = [], []
         scheduled, prefills = self._schedule_decodes()
         self._admit(prefills)
-        num_decodes = len(scheduled)
-        budget = self._max_num_batched_tokens - num_decodes
+        budget = self._max_num_batched_tokens - len(scheduled)
         if prefills:
-            parts = FIRST_PREFILL_PARTS
-            if scheduled and self._paces_prefills:
-                budget = min(budget, PACED_TOKENS + PACED_TOKENS_A_DECODE * num_decodes)
-                parts = PACED_FIRST_PREFILL_PARTS
-            scheduled += self._schedule_prefills(prefills, budget, -(-budget // parts))
+            shares, budget = self._prefill_rule.share(prefills, budget, len(scheduled), self._num_free_seats)
+            scheduled += [self._share_of_prompt(request, num_tokens) for request, num_tokens in shares]
         if self._speculation is not None:
-            self._add_guesses(scheduled, budget - sum(len(share.token_ids) for share in scheduled[num_decodes:]))
+            self._add_guesses(scheduled, budget)
         return StepPlan(self._step, tuple(scheduled), tuple(self._copies)) if scheduled else None
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
@@ -219,7 +191,8 @@ class Scheduler:
         results, drafted, told = iter(result.results), iter(result.drafted), iter(result.prompt_logprobs)
         num_ended = self._num_ended
         for request, scheduled in zip(self._in_step, plan.requests, strict=True):
-            request.num_computed_tokens += len(scheduled.token_ids) - scheduled.num_proposed
+            num_proposed = scheduled.num_proposed
+            request.num_computed_tokens += len(scheduled.token_ids) - num_proposed
             if scheduled.prompt_targets:
                 new = next(told)[max(0, request.num_told - scheduled.num_computed_tokens) :]
                 request.num_told += len(new)
@@ -228,7 +201,7 @@ class Scheduler:
                 continue
             row = next(results)
             accepted: Sequence[RequestResult] = ()
-            if scheduled.num_proposed:
+            if num_proposed:
                 proposed = scheduled.proposed if scheduled.proposed[0] != TO_BE_DRAFTED else next(drafted)
                 *accepted, row = self._accept(request, proposed, [row, *islice(results, len(proposed))])
             if row.error is None and request.num_computed_tokens - request.num_offered_tokens >= block_size:
@@ -347,36 +320,16 @@ class Scheduler:
             insort(self._running, request, key=_order)
             insort(prefills, request, key=_order)
 
-    def _schedule_prefills(self, prefills: list[Request], budget: int, part: int) -> list[ScheduledRequest]:
-        """Share `budget` > 0 tokens among the prefills (in order) by the rule above; `part` of them are the first's."""
-        first = prefills[0]
-        reserved = min(first.num_uncomputed_tokens, part)
-        budget -= reserved
-        reserved_rows = min(reserved, NUM_PROMPT_ROWS // 2) if first.tells_prompt else 0
-        num_rows = NUM_PROMPT_ROWS + self._num_free_seats - reserved_rows
-        any_finishes = False
-        scheduled = []
-        for request in sorted(prefills, key=lambda request: (request.priority, request.num_uncomputed_tokens)):
-            own, own_rows = (reserved, reserved_rows) if request is first else (0, 0)
-            room = min(budget + own, num_rows + own_rows) if request.tells_prompt else budget + own
-            if request.num_uncomputed_tokens <= room:
-                num_tokens = request.num_uncomputed_tokens
-                any_finishes = True
-            else:
-                num_tokens = min(own, room) if any_finishes else room
-            if num_tokens == 0:
-                continue
-            budget -= num_tokens - own
-            start = request.num_computed_tokens
-            end = start + num_tokens
-            token_ids = tuple(request.token_ids[start:end])
-            targets: tuple[int, ...] = ()
-            if request.tells_prompt:
-                num_rows -= num_tokens - own_rows
-                targets = tuple(request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)])
-            self._in_step.append(request)
-            scheduled.append(_share(request, token_ids, end == request.num_tokens, prompt_targets=targets))
-        return scheduled
+    def _share_of_prompt(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        """The next so many tokens that a prefill lacks, with those whose logprobs are told after each of them."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        targets: tuple[int, ...] = ()
+        if request.tells_prompt:
+            targets = tuple(request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)])
+        self._in_step.append(request)
+        token_ids = tuple(request.token_ids[start:end])
+        return _share(request, token_ids, end == request.num_tokens, prompt_targets=targets)
 
     def _add_guesses(self, scheduled: list[ScheduledRequest], budget: int) -> None:
         """Let those of the plan that generate compute guesses too, in order, as far as budget and free blocks reach."""
@@ -433,6 +386,14 @@ class Scheduler:
         else:
             token_ids = (row.token_id,)
             finish_reason = request.append(row.token_id)
+            if finish_reason is None and row.logprobs is None:  # nearly all: half of the time, without the other fields
+                return RequestUpdate(
+                    request_id=request.request_id,
+                    choice=request.choice,
+                    token_ids=token_ids,
+                    num_cached_tokens=request.num_cached_tokens or 0,
+                    num_preemptions=request.num_preemptions,
+                )
         if finish_reason is not None:
             self._finish(request)
         return RequestUpdate(

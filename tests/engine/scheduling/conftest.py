@@ -202,7 +202,7 @@ class Engine:
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
         enable_prefix_caching: bool = True,
-        paces_prefills: bool = False,
+        positions_a_token: int | None = None,
         make_proposer: Callable[[], Proposer] | None = None,
         drafter: Oracle | None = None,
     ) -> None:
@@ -220,7 +220,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             eos_token_ids=frozenset({EOS}),
             enable_prefix_caching=enable_prefix_caching,
-            paces_prefills=paces_prefills,
+            positions_a_token=positions_a_token,
             speculation=None if make_proposer is None else Speculation(make_proposer),
         )
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, drafter=drafter)
