@@ -6,11 +6,11 @@ of HTTP, asyncio or what the engine does.
 The engine speaks after every step, and twice a second while idle (core.py). So what has to be judged is silence, and
 silence has two honest causes: a step that takes long, and a machine that gives the process no time. Hence the rule:
 
-- It is stuck after STUCK_SECONDS in which it said nothing and did nothing: no processor time used by any of its
+- It is stuck after STUCK_SECONDS in which it said nothing and did nothing: next to no processor time used by all of its
   threads (waiting for a lock, a disk or a device that does not answer; stopped by a signal). A process that is ready to
   run but gets no processor counts as busy: that is the machine's fault, and a restart would not help.
-  An engine of several ranks counts as one, and as doing nothing while one of them is stopped: the others wait for it,
-  but for threads of torch's that wake up now and then.
+  An engine of several ranks counts as one: those that wait for one that hangs use as little, and threads of torch's
+  that wake up now and then are not work.
 - It is stuck after LONGEST_STEP_SECONDS without a word, however busy: then it is an endless loop. On a GPU the limit is
   lower: no step takes so long there, and a process that waits for a GPU that hangs is busy waiting.
 - An engine that still loads its model may take as long as it computes or reads: it is stuck after LOAD_STUCK_SECONDS in
@@ -34,6 +34,7 @@ LONGEST_STEP_SECONDS: Final = {"cpu": 300.0, "cuda": 60.0}  # by device
 
 _READY_TO_RUN: Final = "R"
 _STOPPED: Final = "Tt"
+_WAKING_TICKS: Final = 2  # in LOOK_SECONDS; no step computes so little
 STATES: Final = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk or device"}
 
 
@@ -93,7 +94,7 @@ class Progress:
             activity is None  # not known, and so not held against it
             or activity.state == _READY_TO_RUN
             or self._last is None
-            or (activity.state not in _STOPPED and activity.cpu_ticks != self._last.cpu_ticks)
+            or (activity.state not in _STOPPED and activity.cpu_ticks > self._last.cpu_ticks + _WAKING_TICKS)
         )
         self._inactive = 0.0 if active else self._inactive + LOOK_SECONDS
         self._last = activity
@@ -105,8 +106,8 @@ class Progress:
             state = STATES.get(self._last.state, "waiting")
             who = "it" if self._last.pid is None else f"its process {self._last.pid}"
             return (
-                f"the engine process (pid {self._pid}) has been silent for {self._silent:.0f} s and has used no "
-                f"processor time for {self._inactive:.0f} s: {who} is {state}"
+                f"the engine process (pid {self._pid}) has been silent for {self._silent:.0f} s and has used next "
+                f"to no processor time for {self._inactive:.0f} s: {who} is {state}"
             )
         if self._silent >= self._longest_step:
             return (

@@ -36,7 +36,7 @@ class Computing:
 
     def __call__(self) -> Activity:
         """The next look."""
-        self._cpu_ticks += 1
+        self._cpu_ticks += 3  # hundredths of a second
         return Activity(self._state, self._cpu_ticks)
 
 
@@ -103,7 +103,7 @@ def test_a_word_or_a_moment_of_computing_clears_the_suspicion() -> None:
     progress.heard()
     assert progress.problem is None
     progress = after(STUCK_LOOKS, waiting("T"))
-    progress.look(Activity("S", 18))
+    progress.look(Activity("S", 20))
     assert progress.problem is None
 
 

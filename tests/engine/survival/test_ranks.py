@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.engine.conftest import ServedModel
     from tests.engine.survival.conftest import MakeLoad
@@ -75,6 +76,39 @@ async def test_a_rank_that_is_stopped_is_told_by_name_and_ends_the_server(
             assert f"its process {rank} is stopped by a signal" in told
             await asyncio.to_thread(ends_with_all_its_processes, served, wait_until, pids)
         assert f"rank 1 (pid {rank}) is stopped by a signal" in served.log.read_text()
+
+
+@contextlib.contextmanager
+def hanging(pid: int) -> Iterator[None]:
+    """Lets a process do nothing for a while, as in a deadlock: no signal has stopped it."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = root / "freezer"
+    group = (version_1 if version_1.is_dir() else root) / f"octavo-test-{os.getpid()}"
+    file, hangs, goes_on = ("freezer.state", "FROZEN", "THAWED") if version_1.is_dir() else ("cgroup.freeze", "1", "0")
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+        (group / file).write_text(hangs)
+        yield
+    finally:
+        (group / file).write_text(goes_on)
+        (group.parent / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+async def test_a_rank_that_hangs_under_load_is_told_and_loses_nothing_if_it_goes_on(
+    start: Callable[..., ServedModel], wait_until: WaitUntil, load: MakeLoad
+) -> None:
+    with start("--tensor-parallel-size", "2") as served:
+        (rank,) = ranks_of(served)
+        async with load(served, num_users=2, max_tokens=4000):
+            await asyncio.to_thread(wait_until, lambda: served.metric("vllm:num_requests_running") == 2)
+            with hanging(rank):
+                await asyncio.to_thread(wait_until, lambda: served.get("/health").status_code == 503, SECONDS_TO_TELL)
+                told = (await asyncio.to_thread(served.get, "/health")).json()["reason"]
+            assert "has been silent" in told
+            await asyncio.to_thread(wait_until, lambda: served.get("/health").status_code == 200, SECONDS_TO_TELL)
+            assert served.metric("vllm:num_requests_running") == 2
 
 
 def test_no_rank_outlives_a_server_that_is_killed_or_asked_to_end(
