@@ -28,9 +28,9 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # where torch comput
 BLOCK_SIZES = {"cpu": 8, "cuda": 16}  # KV slots in a block, by device
 # A step has room for the logits of max_num_seqs requests and of so many tokens of prompts whose logprobs are asked for.
 NUM_PROMPT_ROWS = 16
-# On a CPU attention multiplies float32, and the other products int8 where they can: so many times as fast. Measured 4.3
+# On a CPU attention multiplies float32, and the other products int8 where they can: so many times as fast. Measured 3.2
 # with SmolLM2 on AVX2. Where they cannot, a step deep in a long prompt is made shorter than need be.
-_ATTENTION_COST = 4
+_ATTENTION_COST = 3
 
 # What two processes take before there is a model, in anonymous memory and in the parts of libraries that are in use.
 # Measured on x86-64 with Python 3.11 and the CPU build of torch 2.13, rounded up: the API process has 65 MiB with a

@@ -290,11 +290,11 @@ class Attention {
       const float* weights = scores_ + tile * kTileSlots;
       const int64_t stride = row_scores(1) - scores_;
       for (int64_t i = 0; i < count; i++, values += dim_) {
-        Floats weight[kRows];
-        for (int r = 0; r < kRows; r++) weight[r] = broadcast(weights[r * stride + i]);
-        for (int j = 0; j < kVectors; j++) {
-          const Floats v = Number<kFloat32>::load(values + j * kLanes);
-          for (int r = 0; r < kRows; r++) total[r][j] = multiply_add(weight[r], v, total[r][j]);
+        Floats v[kVectors];
+        for (int j = 0; j < kVectors; j++) v[j] = Number<kFloat32>::load(values + j * kLanes);
+        for (int r = 0; r < kRows; r++) {  // one weight at a time: all of them do not fit into registers with the sums
+          const Floats weight = broadcast(weights[r * stride + i]);
+          for (int j = 0; j < kVectors; j++) total[r][j] = multiply_add(weight, v[j], total[r][j]);
         }
       }
     }
