@@ -47,12 +47,14 @@ def section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
             yield from (f"| {group.title} | |", "|---|---|")
             yield from (f"| {invocation(action)} | {meaning(action, parser)} |" for action in actions)
             yield ""
+    if parser.epilog:
+        yield from (f"{parser.epilog[0].upper()}{parser.epilog[1:]}.", "")
 
 
 def invocation(action: argparse.Action) -> str:
     """How an option is written, such as `--port PORT`."""
     if not action.option_strings:
-        return f"`{action.metavar}`"
+        return f"`{action.metavar or action.dest.upper()}`"
     value = ""
     if action.nargs != 0:
         name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()

@@ -19,9 +19,11 @@ from octavo_engine.config import EngineConfig, LoraModule, ServerConfig, Specula
 from octavo_engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 DEFAULTS: Final = {field.name: field.default for config in (ServerConfig, EngineConfig) for field in fields(config)}
+
+API_KEY_VARIABLE: Final = "OCTAVO_API_KEY"  # of the environment, which cli.py alone reads
 
 _UNITS: Final = {
     "": 1,
@@ -83,6 +85,24 @@ def api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable() or text != text.strip() or not text:
         raise argparse.ArgumentTypeError("a key has printable ASCII characters and no space at its ends")
     return text
+
+
+def api_keys_of_environment(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the keys that OCTAVO_API_KEY holds, with blanks between them; none where there is no such variable.
+
+    Raises:
+        ConfigError: it holds no key: a server that was meant to have one would be open to all.
+    """
+    value = environment.get(API_KEY_VARIABLE)
+    if value is None:
+        return ()
+    keys = value.split()
+    if not keys:
+        raise ConfigError(f"{API_KEY_VARIABLE} is in the environment and holds no key: give it one, or unset it")
+    try:
+        return tuple(map(api_key, keys))
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{API_KEY_VARIABLE} in the environment: {error}") from error
 
 
 def lora_module(text: str) -> LoraModule:

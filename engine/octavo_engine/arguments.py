@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import octavo_engine
-from octavo_engine.argument_values import DEFAULTS, api_key, between, one_stage, or_auto, size, speculation, whole
+from octavo_engine.argument_values import (
+    API_KEY_VARIABLE,
+    DEFAULTS,
+    api_key,
+    between,
+    one_stage,
+    or_auto,
+    size,
+    speculation,
+    whole,
+)
 from octavo_engine.config import Device, DType, Quantization
 from octavo_engine.server_arguments import (
     LOCAL_ADDRESS,
@@ -42,6 +52,9 @@ _ENVIRONMENT_HELP: Final = (
     "`hf auth login`); HF_ENDPOINT, the address of a mirror of the hub; AWS_*, as AWS' own client has them; "
     "XDG_CACHE_HOME, under which models are kept"
 )
+_SERVE_ENVIRONMENT_HELP: Final = (
+    f"{_ENVIRONMENT_HELP}; {API_KEY_VARIABLE}, keys that are accepted too, blanks between them"
+)
 
 
 def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -61,7 +74,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         command.set_defaults(command=commands[name], log_level=log_level, termination_log=None)
         return command
 
-    serve = add("serve", "serve a model over HTTP, or all", log_level=logging.INFO, epilog=_ENVIRONMENT_HELP)
+    serve = add("serve", "serve a model over HTTP, or all", log_level=logging.INFO, epilog=_SERVE_ENVIRONMENT_HELP)
     serve.add_argument(
         "model",
         metavar="MODEL",
@@ -177,7 +190,12 @@ class Parser(argparse.ArgumentParser):
 
 def _add_ps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=_LOCAL_URL, help="of the server (default: %(default)s)")
-    parser.add_argument("--api-key", type=api_key, metavar="KEY", help="that it wants (default: none)")
+    parser.add_argument(
+        "--api-key",
+        type=api_key,
+        metavar="KEY",
+        help=f"that it wants (default: the first of {API_KEY_VARIABLE}, else none)",
+    )
 
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from octavo_engine import logs
+from octavo_engine.argument_values import api_keys_of_environment
 from octavo_engine.arguments import build_parser
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.errors import (
@@ -104,7 +105,7 @@ def _server_config(options: argparse.Namespace, engine: EngineConfig, address: M
         scheduling_policy=options.scheduling_policy,
         shutdown_timeout=options.shutdown_timeout,
         termination_log=options.termination_log,
-        api_key=tuple(options.api_key),
+        api_key=(*options.api_key, *api_keys_of_environment(os.environ)),
         api_key_file=options.api_key_file,
         api_key_for_all=options.api_key_for_all,
         allowed_origins=options.allowed_origins,
@@ -267,7 +268,9 @@ def _ps(options: argparse.Namespace) -> None:
     import httpx
 
     try:
-        answer = httpx.get(f"{options.url.rstrip('/')}/api/ps", headers=_key_header(options.api_key))
+        keys = [options.api_key] if options.api_key is not None else api_keys_of_environment(os.environ)
+        headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+        answer = httpx.get(f"{options.url.rstrip('/')}/api/ps", headers=headers)
         answer.raise_for_status()
         models = answer.json()["models"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
@@ -278,10 +281,6 @@ def _ps(options: argparse.Namespace) -> None:
         until = "for ever" if model["expires_at"].startswith("9999") else model["expires_at"][:19].replace("T", " ")
         size = f"{model['size'] / 1e6:.0f} MB"
         print(f"{model['name']:{width}}  {size:>9}  {model['context_length']:9,}  {until}")
-
-
-def _key_header(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 def _completion(options: argparse.Namespace) -> None:

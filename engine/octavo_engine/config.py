@@ -202,7 +202,7 @@ class ServerConfig:
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
             raise ConfigError("--ssl-keyfile and --ssl-ca-certs have no effect without --ssl-certfile: give it too")
         if self.api_key_for_all and not self.api_key and self.api_key_file is None:
-            raise ConfigError("--api-key-for-all has no effect without --api-key or --api-key-file: give one too")
+            raise ConfigError("--api-key-for-all has no effect without a key: give --api-key or --api-key-file too")
 
     @property
     def queue_limit(self) -> int:

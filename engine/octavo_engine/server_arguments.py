@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
-from octavo_engine.argument_values import DEFAULTS, api_key, between, lora_module, origins, whole
+from octavo_engine.argument_values import (
+    API_KEY_VARIABLE,
+    DEFAULTS,
+    api_key,
+    between,
+    lora_module,
+    origins,
+    whole,
+)
 from octavo_engine.config import LogFormat, SchedulingPolicy
 
 if TYPE_CHECKING:
@@ -106,7 +114,7 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY",
         help="accept this key, and no request without one; may be given several times; others on this machine can see "
-        "it (default: none is needed)",
+        f"it, but not keys in the environment's {API_KEY_VARIABLE} (default: none is needed)",
     )
     group.add_argument(
         "--api-key-file",

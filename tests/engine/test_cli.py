@@ -376,6 +376,40 @@ def test_a_server_of_many_models_listens_where_ollama_does_and_of_one_where_vllm
     assert listened == [expected]
 
 
+@pytest.mark.parametrize(
+    ("environment", "options", "expected"),
+    [
+        (None, (), ()),
+        ("one", (), ("one",)),
+        (" one\ttwo\n", ("--api-key", "three"), ("three", "one", "two")),
+    ],
+)
+def test_keys_of_the_environment_are_accepted_as_those_of_the_command_line(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: str | None,
+    options: tuple[str, ...],
+    expected: tuple[str, ...],
+) -> None:
+    served: list[tuple[str, ...]] = []
+    monkeypatch.setattr("octavo_engine.server.run.serve_many", lambda config, *_: served.append(config.api_key))
+    if environment is None:
+        monkeypatch.delenv("OCTAVO_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("OCTAVO_API_KEY", environment)
+    assert status_of("serve", *options) == 0
+    assert served == [expected]
+
+
+@pytest.mark.parametrize("value", ["", "  \n", "k\u00e9y"])
+def test_an_environment_whose_keys_are_none_opens_no_server_to_all(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    monkeypatch.setenv("OCTAVO_API_KEY", value)
+    assert status_of("serve") == 1
+    assert "OCTAVO_API_KEY" in capsys.readouterr().err
+
+
 def test_options_of_one_model_are_refused_without_a_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("serve", "--served-model-name", "x") == 1
     assert "--served-model-name is for one model" in capsys.readouterr().err
