@@ -27,16 +27,18 @@ MODELS: Final[dict[str, type[BaseModel]]] = {
     "/v1/completions": CompletionRequest,
 }
 
-# vLLM 0.33, entrypoints/openai/{chat_completion,completion}/protocol.py, with the older ones that clients still send.
+# vLLM's entrypoints/openai/{chat_completion,completion}/protocol.py, with the older ones that clients still send.
 VLLM_FIELDS: Final = {
     "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt", "chat_template",
-    "chat_template_kwargs", "continue_final_message", "documents", "echo", "guided_choice", "guided_decoding_backend",
-    "guided_grammar", "guided_json", "guided_regex", "guided_whitespace_pattern", "ignore_eos",
-    "include_reasoning", "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logits_processors",
-    "media_io_kwargs", "min_p", "min_tokens", "mm_processor_kwargs", "priority", "prompt_embeds", "prompt_logprobs",
-    "repetition_detection", "repetition_penalty", "request_id", "return_token_ids", "return_tokens_as_token_ids",
-    "skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids", "structural_tag", "structured_outputs",
-    "thinking_token_budget", "top_k", "truncate_prompt_tokens", "use_beam_search", "vllm_xargs",
+    "chat_template_kwargs", "continue_final_message", "documents", "ec_transfer_params", "echo", "guided_choice",
+    "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex", "guided_whitespace_pattern",
+    "ignore_eos", "include_reasoning", "include_stop_str_in_output", "kv_transfer_params", "length_penalty",
+    "logits_processors", "logprob_token_ids", "media_io_kwargs", "min_p", "min_tokens", "mm_processor_kwargs",
+    "priority", "prompt_embeds", "prompt_logprobs", "repetition_detection", "repetition_penalty", "request_id",
+    "return_prompt_text", "return_token_ids", "return_token_offsets", "return_tokens_as_token_ids", "session_id",
+    "skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids", "stream_interval", "structural_tag",
+    "structured_outputs", "thinking_token_budget", "top_k", "truncate_prompt_tokens", "truncation_side",
+    "use_beam_search", "vllm_xargs", "watermarking",
 }  # fmt: skip
 OPENAI_FIELDS: Final = {
     "/v1/chat/completions": {

@@ -204,6 +204,16 @@ async def test_a_prompt_that_opens_a_thought_is_answered_with_one(ready: httpx.A
     assert json.loads(engine.sampling.grammar or "")["grammars"][0]["lark_grammar"].startswith("start: thought SPACE")
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_a_thought_of_before_is_in_the_prompt(ready: httpx.AsyncClient, engine: FakeEngine, name: str) -> None:
+    messages = [{"role": "assistant", "content": "4", name: "2 and 2"}, {"role": "user", "content": "Sure?"}]
+    assert (await ready.post("/v1/chat/completions", json=chat(messages=messages))).status_code == 200
+    assert b"<think>2 and 2</think>4" in engine.prompt
+    messages[1][name] = "x"
+    refused = await ready.post("/v1/chat/completions", json=chat(messages=messages))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, f"messages[1].{name}")
+
+
 async def test_thinking_can_be_switched_off(ready: httpx.AsyncClient, engine: FakeEngine) -> None:
     ends = "<think>\n\n</think>\n\n"
     assert not (await prompt_of(ready, engine)).endswith(ends)

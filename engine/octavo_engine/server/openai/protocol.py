@@ -83,6 +83,7 @@ class ChatMessage(Strict):
     content: Annotated[Text | None, BeforeValidator(_joined_text), WithJsonSchema(_CONTENT)] = None
     name: Text | None = None  # for templates that show it
     reasoning_content: Text | None = None  # what the model thought before an answer of before
+    reasoning: Text | None = None  # the same under vLLM's newer name
     tool_calls: list[ToolCall] | None = None  # that the model made
     tool_call_id: Text | None = None  # of the call that the content is the result of
 
@@ -93,7 +94,8 @@ class ChatMessage(Strict):
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
-        for name, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+        roles = {"tool_calls": "assistant", "reasoning_content": "assistant", "reasoning": "assistant"}
+        for name, role in (roles | {"tool_call_id": "tool"}).items():
             if getattr(self, name) and self.role != role:
                 raise RequestInvalid(f"only messages of the role {role} have it", param=name)
         if self.content is None and not self.tool_calls:
@@ -103,7 +105,8 @@ class ChatMessage(Strict):
     def for_template(self) -> Message:
         """Return the message as templates know it, where `developer` is called `system`."""
         message: Message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
-        given = {name: getattr(self, name) for name in ("name", "reasoning_content", "tool_call_id")}
+        thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        given = {"name": self.name, "reasoning_content": thought, "tool_call_id": self.tool_call_id}
         message |= {name: value for name, value in given.items() if value is not None}
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
@@ -178,7 +181,7 @@ class _GenerationBody(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, body: object) -> object:
-        return without_neutral(body, NEUTRAL_FIELDS)
+        return without_neutral(body, {n: field for n, field in NEUTRAL_FIELDS.items() if n not in cls.model_fields})
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
