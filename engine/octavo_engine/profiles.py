@@ -10,6 +10,7 @@ of which only `name` must be there; it is what spec.profiles of an InferenceServ
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,27 +44,36 @@ class Profiles:
     def __init__(self, path: Path, taken: Collection[str]) -> None:
         self._path = path
         self._taken = frozenset(taken)
-        self._seen = _metadata(path)
-        self._profiles = self._read()
+        self._seen: tuple[int, int, int] | None = None  # what the file's metadata was when it was read
+        self._profiles: Mapping[str, Modelfile] = {}
+        self._read()
+        self._reading = asyncio.Lock()
 
     def current(self) -> Mapping[str, Modelfile]:
-        """Return the profiles by name. While a changed file is wrong, the last ones count."""
-        try:
-            seen = _metadata(self._path)
-            if seen != self._seen:
-                self._seen = seen
-                self._profiles = self._read()
-                _log.info("%s has changed: it holds %d profiles", self._path, len(self._profiles))
-        except ConfigError as error:
-            _log.warning("%s; the profiles that it held are served", error)
+        """Return the profiles by name, as they were when they were last looked at."""
         return self._profiles
 
-    def _read(self) -> dict[str, Modelfile]:
+    async def look_again(self) -> None:
+        """Read the file if it has changed. While what is there is wrong, the last profiles count.
+
+        In a thread: YAML of the largest file takes seconds, in which others want their next token. Who asks meanwhile
+        waits, as what was written before a request counts for it.
+        """
+        async with self._reading:
+            try:
+                if _metadata(self._path) != self._seen:
+                    await asyncio.to_thread(self._read)
+                    _log.info("%s has changed: it holds %d profiles", self._path, len(self._profiles))
+            except ConfigError as error:
+                _log.warning("%s; the profiles that it held are served", error)
+
+    def _read(self) -> None:
+        self._seen = _metadata(self._path)  # before the content: a change in between is seen the next time
         try:
             with self._path.open("rb") as file:
                 text = file.read(_MAX_BYTES + 1)
             listed = yaml.safe_load(text) if len(text) <= _MAX_BYTES else f"more than {_MAX_BYTES} bytes"
-            return read_profiles(listed, self._taken)
+            self._profiles = read_profiles(listed, self._taken)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"--profiles {self._path}: {error}") from error
 

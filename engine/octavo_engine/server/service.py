@@ -173,7 +173,9 @@ class Service(Front):
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Service]:
-        """Return itself: its model is always loaded."""
+        """Return itself: its model is always loaded. A file of profiles is as it is now."""
+        if self._profiles is not None:
+            await self._profiles.look_again()
         yield self
 
     async def served(self) -> list[Served]:

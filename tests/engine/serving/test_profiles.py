@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     import httpx
     from ollama import AsyncClient
-    from tests.engine.serving.conftest import FakeEngine
+    from tests.engine.serving.conftest import Eventually, FakeEngine
 
     from octavo_engine.config import ServerConfig
 
@@ -80,6 +82,28 @@ async def test_a_changed_file_counts_at_once_and_a_wrong_one_does_not(ready: htt
         listed = [model["id"] for model in (await ready.get("/v1/models")).json()["data"]]
         assert listed == ["fake", "org/fake", *names]
     assert (await ready.post("/v1/chat/completions", json={"model": "other", "messages": []})).status_code in {400, 404}
+
+
+async def test_others_are_served_while_a_changed_file_is_read(
+    ready: httpx.AsyncClient, file: Path, eventually: Eventually
+) -> None:
+    slow = file.with_name("slow")
+    os.mkfifo(slow)
+    slow.replace(file)
+    asking = asyncio.create_task(content_of(ready, "late"))
+    writing: list[int] = []
+
+    async def opened() -> bool:
+        with contextlib.suppress(OSError):  # while nobody reads
+            writing.append(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writing)
+
+    await eventually(opened)
+    assert (await ready.get("/health")).status_code == 200
+    assert not asking.done()
+    os.write(writing[0], b'[{"name": "late"}]')
+    os.close(writing[0])
+    assert (await asking)[0] == "The answer is 42."
 
 
 @pytest.mark.parametrize(
