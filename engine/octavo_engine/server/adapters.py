@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from octavo_engine.errors import RequestInvalid
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from octavo_engine.generation import LanguageModel
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """One that can be asked for."""
+
+    model: LanguageModel  # that it makes
+    path: Path  # of its folder or file
 
 
 class Adapters:
@@ -43,7 +52,8 @@ class Adapters:
         self._names = names
         first = 1 + config.own_adapter
         self._loaded = {
-            module.name: model.with_adapter(number) for number, module in enumerate(config.lora_modules, first)
+            module.name: _Loaded(model.with_adapter(number), module.path)
+            for number, module in enumerate(config.lora_modules, first)
         }
         self._next = first + len(self._loaded)
         self._one_at_a_time = asyncio.Lock()  # of two with one name the second one is refused
@@ -55,7 +65,13 @@ class Adapters:
 
     def get(self, name: str) -> LanguageModel | None:
         """Return the model that an adapter makes; None: there is no such adapter."""
-        return self._loaded.get(name)
+        loaded = self._loaded.get(name)
+        return None if loaded is None else loaded.model
+
+    def path_of(self, name: str) -> Path | None:
+        """Return where an adapter's files are, or were when it was loaded; None: there is no such adapter."""
+        loaded = self._loaded.get(name)
+        return None if loaded is None else loaded.path
 
     async def load(self, name: str, path: Path) -> None:
         """Load an adapter and serve it.
@@ -72,7 +88,7 @@ class Adapters:
                 )
             number, self._next = self._next, self._next + 1
             await self._client.load_adapter(number, path)
-            self._loaded[name] = self._model.with_adapter(number)
+            self._loaded[name] = _Loaded(self._model.with_adapter(number), path)
         _log.info("%s is served: the LoRA adapter at %s", name, path)
 
     def unload(self, name: str) -> None:
@@ -81,8 +97,8 @@ class Adapters:
         Raises:
             RequestInvalid: there is no such adapter.
         """
-        model = self._loaded.pop(name, None)
-        if model is None:
+        gone = self._loaded.pop(name, None)
+        if gone is None:
             loaded = ", ".join(self._loaded) or "none"
             raise RequestInvalid(
                 f"LoRA adapter {name[:100]!r} not found; loaded are: {loaded}",
@@ -90,13 +106,13 @@ class Adapters:
                 code="model_not_found",
                 status=404,
             )
-        self._client.unload_adapter(model.adapter)
+        self._client.unload_adapter(gone.model.adapter)
         _log.info("%s is no longer served", name)
 
     def in_use(self) -> tuple[list[str], list[str]]:
         """Return the names of those that requests run with, and of those that requests wait for."""
         running, waiting = self._client.adapters_in_use()
         return (
-            [name for name, model in self._loaded.items() if model.adapter in running],
-            [name for name, model in self._loaded.items() if model.adapter in waiting],
+            [name for name, loaded in self._loaded.items() if loaded.model.adapter in running],
+            [name for name, loaded in self._loaded.items() if loaded.model.adapter in waiting],
         )

@@ -219,7 +219,9 @@ class Service(Front):
         raise RequestInvalid(message, param="model", code="model_not_found", status=404)
 
     def _location_of(self, name: str) -> Location:
-        """Where the model is, with what the profile of this name makes of it."""
+        """Where the model is, with what the adapter or the profile of this name makes of it."""
+        if self._adapters is not None and (adapter := self._adapters.path_of(name)) is not None:
+            return replace(self.location, modelfile=replace(self.location.own_modelfile(), adapter=str(adapter)))
         modelfile = self._profiles.current().get(name) if self._profiles is not None else None
         if modelfile is None:
             return self.location

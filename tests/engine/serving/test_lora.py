@@ -11,6 +11,7 @@ import pytest
 
 from octavo_engine.config import EngineConfig, LoraModule
 from octavo_engine.errors import ConfigError
+from octavo_engine.modelfile import parse_modelfile
 from octavo_engine.server.service import Service
 from octavo_engine.store.local import Location
 from octavo_engine.store.remote import Hub
@@ -72,6 +73,8 @@ async def test_an_adapter_is_a_model_whose_parent_is_the_model(ready: httpx.Asyn
     assert await say(ready, "poet") == "I am poet, number 1."
     assert await say(ready, "fake") == "The answer is 42."
     assert (await ollama.chat("poet:latest", HI)).message.content == "I am poet, number 1."
+    shown = [parse_modelfile((await ollama.show(name)).modelfile or "") for name in ("poet", "fake")]
+    assert shown[0] == replace(shown[1], adapter="adapters/poet")
 
 
 async def test_adapters_are_loaded_and_unloaded_at_run_time(
