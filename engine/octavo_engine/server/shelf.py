@@ -24,20 +24,18 @@ from octavo_engine.planning import plan_for_cpu, read_model
 from octavo_engine.server.front import Front, Readiness, Served
 from octavo_engine.server.metrics import Metrics, render_together
 from octavo_engine.server.service import Service
+from octavo_engine.server.shelf_session import ShelfSession
 from octavo_engine.store import derived
 from octavo_engine.store.local import list_models, locate, stored_name
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from octavo_engine.answer import TextDelta
     from octavo_engine.client import Spawn
     from octavo_engine.config import EngineConfig, ServerConfig
-    from octavo_engine.generation import GenerationRequest, LanguageModel
     from octavo_engine.store.local import Location
     from octavo_engine.store.remote import Hub
-    from octavo_engine.structured.checker import Wanted
 
     # Bytes that a model needs, and that there are for all together; the engines run in processes of these ids.
     Measure = Callable[[EngineConfig, tuple[int, ...]], tuple[int, int]]
@@ -49,8 +47,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class _Model:
-    """A model that is loaded or being loaded."""
+class ShelvedModel:
+    """A model that is loaded or being loaded. Only the shelf changes it."""
 
     name: str
     service: Service
@@ -94,7 +92,7 @@ class Shelf(Front):
         self.hub = hub
         self._spawn = spawn
         self._measure = measure or _measure
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, ShelvedModel] = {}
         self._one_at_a_time = asyncio.Lock()  # what is being loaded has not taken all its memory yet
         self._changed = asyncio.Event()  # for `run`: a model is idle, or its time is another one
         self._closing: set[asyncio.Task[None]] = set()
@@ -172,7 +170,7 @@ class Shelf(Front):
         is_made = derived.load(name, self.store) is not None
         return location if is_made else replace(location, name=stored_name(location.path, self.store))
 
-    async def acquire(self, name: str) -> _Model:
+    async def acquire(self, name: str) -> ShelvedModel:
         """Return a loaded model with one more user; load it if need be.
 
         Raises:
@@ -187,7 +185,7 @@ class Shelf(Front):
         if model is None:
             engine = replace(self.config.engine, served_model_names=(location.name,))
             service = Service(replace(self.config, engine=engine), location, self.hub, self._spawn)
-            model = self._models[location.name] = _Model(location.name, service)
+            model = self._models[location.name] = ShelvedModel(location.name, service)
             model.loading = asyncio.create_task(self._load(model))
         assert model.loading is not None
         model.num_users += 1
@@ -201,7 +199,7 @@ class Shelf(Front):
             raise
         return model
 
-    def release(self, model: _Model, keep_alive: float | None = None) -> None:
+    def release(self, model: ShelvedModel, keep_alive: float | None = None) -> None:
         """Take back one user of the model, which shall stay for `keep_alive` seconds after its last one.
 
         None: as long as was said before, as Ollama has it.
@@ -252,7 +250,7 @@ class Shelf(Front):
                 found.append(replace(served, expires_in=max(0.0, model.expires - now)))
         return found
 
-    async def _load(self, model: _Model) -> None:
+    async def _load(self, model: ShelvedModel) -> None:
         """Load a model; make room for it by unloading others.
 
         Raises:
@@ -273,7 +271,7 @@ class Shelf(Front):
             await self._unload(model)
             raise
 
-    async def _start(self, model: _Model) -> None:
+    async def _start(self, model: ShelvedModel) -> None:
         await self._refuse_unless_room(model)
         model.running = asyncio.create_task(model.service.run())
         ready = asyncio.create_task(model.service.is_ready.wait())
@@ -290,7 +288,7 @@ class Shelf(Front):
             await model.service.close()
             model.service = Service(model.service.config, model.service.location, self.hub, self._spawn)
 
-    async def _refuse_unless_room(self, model: _Model) -> None:
+    async def _refuse_unless_room(self, model: ShelvedModel) -> None:
         """Compare what the model will need with what the others leave; the first one is the engine's own to judge.
 
         Raises:
@@ -307,7 +305,7 @@ class Shelf(Front):
                 f"it needs {model.num_bytes / 2**20:,.0f} MiB, and the other models leave {left / 2**20:,.0f} MiB"
             )
 
-    async def _make_room(self, model: _Model) -> bool:
+    async def _make_room(self, model: ShelvedModel) -> bool:
         """Unload another model, the least recently used first; wait for one that is in use. False: there is none."""
         while others := [other for other in self._models.values() if other is not model and other.is_loaded]:
             if idle := [other for other in others if not other.num_users]:
@@ -319,21 +317,21 @@ class Shelf(Front):
             await self._freed.wait()
         return False
 
-    def _on_end(self, model: _Model, task: asyncio.Task[None]) -> None:
+    def _on_end(self, model: ShelvedModel, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and isinstance(error := task.exception(), EngineDead):
             _log.error("the engine of %s ended: %s", model.name, error)
             self._unload_soon(model)
 
-    def _unload_if_retired(self, model: _Model) -> None:
+    def _unload_if_retired(self, model: ShelvedModel) -> None:
         if model.is_retired and not model.num_users:
             self._unload_soon(model)
 
-    def _unload_soon(self, model: _Model) -> None:
+    def _unload_soon(self, model: ShelvedModel) -> None:
         closing = asyncio.create_task(self._unload(model))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    async def _unload(self, model: _Model) -> None:
+    async def _unload(self, model: ShelvedModel) -> None:
         if self._models.get(model.name) is model:
             del self._models[model.name]
             if model.is_loaded:
@@ -346,81 +344,6 @@ class Shelf(Front):
     def _tell(self) -> None:
         self._changed.set()
         self._freed.set()
-
-
-class ShelfSession:
-    """What one request needs of a shelf."""
-
-    def __init__(self, shelf: Shelf) -> None:
-        self._shelf = shelf
-        self._model: _Model | None = None
-        self._keep_alive: float | None = None
-
-    @property
-    def config(self) -> ServerConfig:
-        """Of the server (Session)."""
-        return self._shelf.config
-
-    @property
-    def metrics(self) -> Metrics:
-        """Of the model (Session)."""
-        assert self._model is not None, "a model was named before"
-        return self._model.service.metrics
-
-    @property
-    def shelf(self) -> Shelf:
-        """The server (Session)."""
-        return self._shelf
-
-    @property
-    def adapters(self) -> None:
-        """None: adapters are for a server of one model, and Modelfiles for one of many (Session)."""
-
-    async def model_named(self, name: str | None, keep_alive: float | None = None) -> LanguageModel:
-        """Return the model, loaded until the session ends (Session)."""
-        if name is None:
-            raise RequestInvalid("model is required: this server has many", param="model")
-        self._keep_alive = keep_alive
-        self.release()
-        self._model = await self._shelf.acquire(name)
-        return self._model.service.loaded_model()
-
-    async def grammar(self, wanted: Wanted | None) -> str | None:
-        """As the model's service has it (Session)."""
-        assert self._model is not None, "a grammar is for a model"
-        return await self._model.service.grammar(wanted)
-
-    def generate(self, model: LanguageModel, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
-        """As the model's service does (Session)."""
-        assert self._model is not None, "a model was named before"
-        return self._model.service.generate(model, request)
-
-    async def embed(self, model: LanguageModel, request_id: str, prompt: Sequence[int]) -> Sequence[float]:
-        """As the model's service does (Session)."""
-        assert self._model is not None, "a model was named before"
-        return await self._model.service.embed(model, request_id, prompt)
-
-    def check_num_prompts(self, count: int, param: str) -> None:
-        """As the server does (Session)."""
-        self._shelf.check_num_prompts(count, param)
-
-    async def served(self) -> Sequence[Served]:
-        """Return the models of the store (Session)."""
-        return await self._shelf.served()
-
-    async def loaded(self) -> Sequence[Served]:
-        """Return the models in memory (Session)."""
-        return await self._shelf.loaded()
-
-    async def unload(self, name: str) -> bool:
-        """Unload a model (Session)."""
-        return await self._shelf.expire(name)
-
-    def release(self) -> None:
-        """Let go of the model."""
-        if self._model is not None:
-            self._shelf.release(self._model, self._keep_alive)
-            self._model = None
 
 
 def _measure(engine: EngineConfig, pids: tuple[int, ...]) -> tuple[int, int]:
