@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from octavo_engine import transport
 from octavo_engine.client import EngineClient
 from octavo_engine.errors import ConfigError, GenerationFailed, OctavoError, RequestInvalid, UserError
-from octavo_engine.generation import GenerationRequest, LanguageModel, TextModel
+from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.parameters import check, from_text, max_tokens_of, sampling_params, stop_strings
+from octavo_engine.text.model import TextModel
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Generator
+    from collections.abc import Callable, Coroutine, Generator, Mapping
     from typing import Any, Self
 
     from octavo_engine.client import Spawn
@@ -94,7 +95,7 @@ class Chat:
         Raises:
             RequestInvalid: it is wanted, and the model cannot.
         """
-        self._thinking = self._model.thinking(wanted)
+        self._thinking = self._model.text.thinking(wanted)
 
     def ask(self, text: str) -> Generator[Parts, None, None]:
         """Add a message to the conversation and yield the answer to it, piece by piece.
@@ -136,15 +137,15 @@ class Chat:
         try:
             system, parameters = self.modelfile.system, self.modelfile.parameters
             opening: list[Message] = [{"role": "system", "content": system}] if system else []
-            prompt = await self._model.encode_chat([*opening, *self._messages], arguments=self._thinking)
-            message_format = self._model.message_format(prompt)
+            prompt = await self._model.text.encode_chat([*opening, *self._messages], arguments=self._thinking)
+            message_format = self._model.text.message_format(prompt)
             max_tokens = max_tokens_of(parameters, len(prompt), self._model.facts.max_model_len)
             request = GenerationRequest(
                 request_id=uuid.uuid4().hex,
                 prompt_token_ids=prompt,
                 sampling=sampling_params(parameters, max_tokens),
                 stop=stop_strings(parameters),
-                shown_ids=self._model.shown_ids(message_format),
+                shown_ids=self._model.text.shown_ids(message_format),
             )
             parser = message_format.parser()
             async with contextlib.aclosing(self._model.generate(request)) as deltas:

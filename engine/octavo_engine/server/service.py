@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from octavo_engine import transport
 from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDead, GenerationFailed, NotServing, RequestInvalid
-from octavo_engine.generation import LanguageModel, TextModel
+from octavo_engine.generation import LanguageModel
 from octavo_engine.logs import HTTP_REQUEST_ID
 from octavo_engine.profiles import Profiles
 from octavo_engine.server.adapters import Adapters
@@ -28,6 +28,7 @@ from octavo_engine.server.front import RETRY_SECONDS, Front, Readiness, Served
 from octavo_engine.server.metrics import FinishedReason, Metrics
 from octavo_engine.store.pull import pull
 from octavo_engine.structured.checker import GrammarChecker
+from octavo_engine.text.model import TextModel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence

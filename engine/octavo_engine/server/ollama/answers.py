@@ -93,14 +93,14 @@ class Answer:
         self._begun = time.monotonic_ns()
         self._num_prompt_tokens = len(prompt)
         self._parser = replace(message_format, tells_thoughts=self._body.think is not False).parser()
-        parameters = model.parameters | self._body.parameters
+        parameters = model.text.parameters | self._body.parameters
         max_tokens = max_tokens_of(parameters, len(prompt), model.facts.max_model_len)
         return GenerationRequest(
             request_id=f"ollama-{uuid.uuid4().hex}",
             prompt_token_ids=prompt,
             sampling=replace(sampling_params(parameters, max_tokens, self._body.num_logprobs), grammar=grammar),
             stop=stop_strings(parameters),
-            shown_ids=model.shown_ids(message_format),
+            shown_ids=model.text.shown_ids(message_format),
         )
 
     def loaded(self, done_reason: Literal["load", "unload"]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ async def embed(body: EmbedRequest, request: Request, service: CurrentService, a
     loaded = time.monotonic_ns()
     texts = [body.input] if isinstance(body.input, str) else body.input
     service.check_num_prompts(len(texts), "input")
-    prompts = [await model.encode_prompt(text, param="input") for text in texts]
+    prompts = [await model.text.encode_prompt(text, param="input") for text in texts]
     admit(max(0, len(prompts) - 1))
 
     async def work() -> dict[str, Any]:
@@ -50,7 +50,7 @@ async def embed_one(
 ) -> Response:
     """Embed a text."""
     model = await service.model_named(body.model, body.keep_alive)
-    prompt = await model.encode_prompt(body.prompt)
+    prompt = await model.text.encode_prompt(body.prompt)
 
     async def work() -> dict[str, Any]:
         (embedding,) = await _embeddings(service, model, [prompt])

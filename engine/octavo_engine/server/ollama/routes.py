@@ -98,20 +98,20 @@ async def generate(body: GenerateRequest, request: Request, service: CurrentServ
     if not body.prompt:
         return JSONResponse(answer.loaded("load"))
     form = MessageFormat()
-    if body.raw or not (model.has_template or body.template):
+    if body.raw or (model.text.template is None and not body.template):
         if body.system:
             raise RequestInvalid("this model has no template that a system message could be put into", param="system")
-        prompt = await model.encode_prompt(body.prompt)
+        prompt = await model.text.encode_prompt(body.prompt)
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         template = _compiled(model, body.template) if body.template else None
-        prompt = await model.encode_chat(
+        prompt = await model.text.encode_chat(
             [*system, {"role": "user", "content": body.prompt}],
-            arguments=model.thinking(body.think, template),
+            arguments=model.text.thinking(body.think, template),
             template=template,
         )
-        form = model.message_format(prompt, template=template)
-    grammar = await service.grammar(model.wanted_of_chat(body.wanted_output, None, form))
+        form = model.text.message_format(prompt, template=template)
+    grammar = await service.grammar(model.text.wanted_of_chat(body.wanted_output, None, form))
     return await _respond(request, service, model, answer.begin(prompt, model, form, grammar), answer)
 
 
@@ -125,21 +125,21 @@ async def chat(body: ChatRequest, request: Request, service: CurrentService, _ad
     if not body.messages:
         return JSONResponse(answer.loaded("load"))
     choice = body.tools_to_call
-    prompt = await model.encode_chat(
+    prompt = await model.text.encode_chat(
         [message.for_template() for message in body.messages],
         tools=choice.tools if choice is not None else (),
-        arguments=model.thinking(body.think),
+        arguments=model.text.thinking(body.think),
     )
     if choice is not None:
         service.metrics.on_tools_looked_for(1)
-    form = model.message_format(prompt, choice)
-    grammar = await service.grammar(model.wanted_of_chat(body.wanted_output, choice, form))
+    form = model.text.message_format(prompt, choice)
+    grammar = await service.grammar(model.text.wanted_of_chat(body.wanted_output, choice, form))
     return await _respond(request, service, model, answer.begin(prompt, model, form, grammar), answer)
 
 
 def _compiled(model: LanguageModel, source: str) -> ChatTemplate:
     try:
-        return model.compile_template(source)
+        return model.text.compile_template(source)
     except ModelfileInvalid as error:
         raise RequestInvalid(f"template: {error}", param="template") from None
 

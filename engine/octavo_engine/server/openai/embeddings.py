@@ -56,7 +56,7 @@ async def create_embeddings(
     model = await service.model_named(body.model)
     service.check_num_prompts(len(body.input), "input")
     adds_special = body.add_special_tokens is not False
-    prompts = [await model.encode_prompt(text, adds_special=adds_special, param="input") for text in body.input]
+    prompts = [await model.text.encode_prompt(text, adds_special=adds_special, param="input") for text in body.input]
     admit(len(prompts) - 1)
     whole = await unless_gone(request, _embedded(body, service, model, prompts))
     return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)

@@ -58,20 +58,20 @@ async def begin_chat(body: ChatCompletionRequest, service: Session, request_id: 
     model = await service.model_named(body.model)
     _check_scheduling(body, service)
     choice = body.tools_to_call
-    prompt = await model.encode_chat(
+    prompt = await model.text.encode_chat(
         [message.for_template() for message in body.messages],
         tools=choice.tools if choice is not None else (),
         arguments=body.template_arguments,
     )
     wanted = body.max_completion_tokens
     param = "max_tokens" if wanted is None else "max_completion_tokens"
-    max_tokens = model.resolve_max_tokens(len(prompt), body.max_tokens if wanted is None else wanted, param)
+    max_tokens = model.text.resolve_max_tokens(len(prompt), body.max_tokens if wanted is None else wanted, param)
     if choice is not None:
         service.metrics.on_tools_looked_for(body.n or 1)
-    form = replace(model.message_format(prompt, choice), tells_thoughts=body.include_reasoning is not False)
-    grammar = await service.grammar(model.wanted_of_chat(body.wanted_output, choice, form))
+    form = replace(model.text.message_format(prompt, choice), tells_thoughts=body.include_reasoning is not False)
+    grammar = await service.grammar(model.text.wanted_of_chat(body.wanted_output, choice, form))
     generation = _generation(model, body, request_id, prompt, max_tokens, grammar=grammar)
-    deltas = service.generate(model, replace(generation, shown_ids=model.shown_ids(form)))
+    deltas = service.generate(model, replace(generation, shown_ids=model.text.shown_ids(form)))
     return BegunChat(deltas, form, len(prompt))
 
 
@@ -88,11 +88,11 @@ async def create_completion(
     generations = []
     wanted = 1 if body.max_tokens == 0 else body.max_tokens  # a prompt alone is computed by asking for more
     for place, text in enumerate(body.prompt):
-        prompt = await model.encode_prompt(text)
-        max_tokens = model.resolve_max_tokens(len(prompt), wanted, "max_tokens")
+        prompt = await model.text.encode_prompt(text)
+        max_tokens = model.text.resolve_max_tokens(len(prompt), wanted, "max_tokens")
         generations.append(_generation(model, body, f"{request_id}-{place}", prompt, max_tokens, grammar=grammar))
     admit(len(generations) - 1)
-    texts = [one if isinstance(one, str) else model.text_of(one) for one in body.prompt] if body.echo else []
+    texts = [one if isinstance(one, str) else model.text.text_of(one) for one in body.prompt] if body.echo else []
     reply = CompletionReply(
         _shown_id(body, request_id),
         int(time.time()),
@@ -153,14 +153,14 @@ def _generation(
     *,
     grammar: str | None,
 ) -> GenerationRequest:
-    model.check_token_ids(body.stop_token_ids or (), "stop_token_ids")
-    model.check_token_ids(tuple(body.logit_bias or ()), "logit_bias")
+    model.text.check_token_ids(body.stop_token_ids or (), "stop_token_ids")
+    model.text.check_token_ids(tuple(body.logit_bias or ()), "logit_bias")
     given = {name for name in body.model_fields_set if getattr(body, name) is not None}
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
-        sampling=with_defaults(body.sampling(max_tokens, grammar), model.parameters, given),
-        stop=stop_strings(model.parameters) if body.stop is None else body.stop,
+        sampling=with_defaults(body.sampling(max_tokens, grammar), model.text.parameters, given),
+        stop=stop_strings(model.text.parameters) if body.stop is None else body.stop,
         include_stop=bool(body.include_stop_str_in_output),
         num_choices=body.n or 1,
         priority=body.priority or 0,

@@ -51,11 +51,11 @@ async def tokenize(body: TokenizeRequest, service: CurrentService) -> JSONRespon
     """Tell the tokens of a text. One that exceeds the context is counted too."""
     model = await service.model_named(body.model)
     if body.messages is not None:
-        ids = await model.encode_chat([message.for_template() for message in body.messages], must_fit=False)
+        ids = await model.text.encode_chat([message.for_template() for message in body.messages], must_fit=False)
     else:
         adds_special = body.add_special_tokens is not False
-        ids = await model.encode_prompt(body.prompt or "", adds_special=adds_special, must_fit=False)
-    strings = [model.text_of([token_id]) for token_id in ids] if body.return_token_strs else None
+        ids = await model.text.encode_prompt(body.prompt or "", adds_special=adds_special, must_fit=False)
+    strings = [model.text.text_of([token_id]) for token_id in ids] if body.return_token_strs else None
     limit = model.facts.max_model_len
     return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
 
@@ -64,8 +64,8 @@ async def tokenize(body: TokenizeRequest, service: CurrentService) -> JSONRespon
 async def detokenize(body: DetokenizeRequest, service: CurrentService) -> JSONResponse:
     """Tell the text of tokens."""
     model = await service.model_named(body.model)
-    model.check_token_ids(body.tokens, "tokens")
-    return JSONResponse({"prompt": model.text_of(body.tokens)})
+    model.text.check_token_ids(body.tokens, "tokens")
+    return JSONResponse({"prompt": model.text.text_of(body.tokens)})
 
 
 @router.get("/load")
