@@ -36,16 +36,26 @@ if TYPE_CHECKING:
 # ruff: noqa: T201 - printing is what this is for
 
 _QUOTES: Final = '"""'
+_SET_SYSTEM: Final = "/set system "
 _DIM: Final = "\x1b[2m"
 _PLAIN: Final = "\x1b[0m"
 _HELP: Final = """\
 /set parameter NAME VALUE   such as temperature 0.2 or num_predict 100
 /set system TEXT            the system message
 /set think, /set nothink    whether the model thinks before it answers, if it can
-/show                       what is set, as a Modelfile
+/show                       what is set, as a Modelfile; of that alone: /show parameters, system, template, license
 /clear                      start anew
 /bye                        leave
 \"\"\"                         begins a text of several lines, and ends it"""
+
+# What /show tells of.
+_SHOWN: Final[Mapping[str, Callable[[Modelfile], str]]] = {
+    "modelfile": lambda modelfile: modelfile.render(),
+    "parameters": lambda modelfile: "\n".join(f"{name:20}  {value}" for name, value in modelfile.parameter_lines()),
+    "system": lambda modelfile: modelfile.system,
+    "template": lambda modelfile: modelfile.template,
+    "license": lambda modelfile: "\n\n".join(modelfile.licenses),
+}
 
 _T = TypeVar("_T")
 
@@ -173,7 +183,7 @@ def converse(chat: Chat) -> None:
         except KeyboardInterrupt:
             print()
             continue
-        if line == "/bye":
+        if line in {"/bye", "/exit"}:
             return
         try:
             if line.startswith("/"):
@@ -197,6 +207,8 @@ def _obey(chat: Chat, line: str) -> None:
             chat.clear()
         case ["/show"]:
             print(chat.modelfile.render(), end="")
+        case ["/show", what] if what in _SHOWN:
+            print(_SHOWN[what](chat.modelfile).rstrip("\n"))
         case ["/?" | "/help"]:
             print(_HELP, file=sys.stderr)
         case ["/set", "parameter", name, value]:
@@ -211,14 +223,16 @@ def _obey(chat: Chat, line: str) -> None:
 
 
 def _read_message() -> str:
-    """Read a line, or several that stand between triple quotes."""
+    """Read a line, or several where a message, or what is set, stands between triple quotes."""
     line = input(">>> ").strip()
-    if not line.startswith(_QUOTES):
+    command = _SET_SYSTEM if line.startswith(_SET_SYSTEM) else ""
+    text = line.removeprefix(command).lstrip()
+    if not text.startswith(_QUOTES):
         return line
-    text = line.removeprefix(_QUOTES)
+    text = text.removeprefix(_QUOTES)
     while not text.endswith(_QUOTES):
         text += "\n" + input("... ")
-    return text.removesuffix(_QUOTES).strip()
+    return command + text.removesuffix(_QUOTES).strip()
 
 
 def print_answer(chat: Chat, prompt: str) -> None:

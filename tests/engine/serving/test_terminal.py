@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import pty
+import select
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -133,6 +137,36 @@ def test_a_message_between_triple_quotes_has_several_lines(
     assert b"one\ntwo" in engine.prompt
 
 
+def test_a_system_message_between_triple_quotes_has_several_lines(
+    chat: Chat, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('/set system """one\ntwo"""\nHi\n'))
+    converse(chat)
+    assert b"system\none\ntwo<|im_end|>" in engine.prompt
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("", "FROM fake\nTEMPLATE [{{ .Prompt }}]\nSYSTEM S\nPARAMETER top_k 7\nLICENSE one\nLICENSE two\n"),
+        ("modelfile", "FROM fake\nTEMPLATE [{{ .Prompt }}]\nSYSTEM S\nPARAMETER top_k 7\nLICENSE one\nLICENSE two\n"),
+        ("parameters", "top_k                 7\n"),
+        ("system", "S\n"),
+        ("template", "[{{ .Prompt }}]\n"),
+        ("license", "one\n\ntwo\n"),
+    ],
+)
+def test_what_is_set_is_shown_whole_or_in_part(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, expected: str
+) -> None:
+    chat.modelfile = Modelfile(
+        source="fake", system="S", template="[{{ .Prompt }}]", parameters={"top_k": 7}, licenses=("one", "two")
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/show {what}\n/exit\n"))
+    converse(chat)
+    assert capsys.readouterr().out.replace(">>> ", "") == expected
+
+
 def test_an_answer_that_fails_is_told_and_the_conversation_goes_on(
     chat: Chat, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,3 +233,59 @@ def test_octavo_run_answers_a_prompt_from_its_arguments_and_a_pipe(smollm2_path:
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+class Terminal:
+    """A command on a terminal of its own, as a user has it: what is typed, and what is seen."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._ours, theirs = pty.openpty()
+        command = ["setsid", "--ctty", *command]  # so that Ctrl-C is a signal
+        environment = os.environ | {"TERM": "dumb"}
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+        os.close(theirs)
+        self._seen = ""
+
+    def type(self, text: str) -> None:
+        """Press these keys."""
+        os.write(self._ours, text.encode())
+
+    def until(self, text: str) -> str:
+        """What is seen from what was waited for before up to this."""
+        deadline = time.monotonic() + 120
+        while text not in self._seen:
+            ready, _, _ = select.select([self._ours], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"{text!r} does not come: {self._seen}"
+            self._seen += os.read(self._ours, 65536).decode(errors="replace").replace("\r", "")
+        before, _, self._seen = self._seen.partition(text)
+        return before
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_ctrl_c_stops_an_answer_and_neither_the_engine_nor_the_conversation(smollm2_path: Path) -> None:
+    command = [sys.executable, "-m", "octavo_engine", "run", str(smollm2_path), "--temperature", "0"]
+    terminal = Terminal([*command, "--max-model-len", "2048"])
+    try:
+        terminal.until(">>> ")
+        terminal.type("Write a very long story about a ferry.\n")
+        terminal.until("story about a ferry.\n")
+        terminal.until(" ")  # the answer has begun
+        terminal.type("\x03")
+        terminal.until(">>> ")
+        terminal.type("\x03")  # at the prompt it takes back what was typed
+        terminal.until(">>> ")
+        terminal.type("/clear\n")
+        terminal.until(">>> ")
+        terminal.type("Where is the Eiffel Tower?\n")
+        assert "Paris" in terminal.until(">>> ")
+        terminal.type("/bye\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
