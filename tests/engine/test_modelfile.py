@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Final
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_engine.errors import ModelfileInvalid
 from octavo_engine.modelfile import Modelfile, parse_modelfile
+from octavo_engine.parameters import NAMES, check, from_text
+from octavo_engine.text.go_nodes import FUNCTIONS
 
+PAGE: Final = (Path(__file__).parents[2] / "docs" / "modelfile.md").read_text(encoding="utf-8")
 WHOLE = '''\
 # a comment
 from llama3.2:1b
@@ -116,3 +123,35 @@ def test_what_a_modelfile_does_not_say_stays_as_its_base_has_it() -> None:
 def test_a_second_adapter_on_top_of_the_bases_is_refused() -> None:
     with pytest.raises(ModelfileInvalid, match=r"ADAPTER y: the model that FROM names has one already \(x\)"):
         Modelfile(source="a", adapter="y").over(Modelfile(source="w", adapter="x"))
+
+
+def rows(title: str) -> dict[str, str]:
+    """The table below a heading of docs/modelfile.md."""
+    section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\|$", section, re.MULTILINE))
+
+
+def test_the_page_has_every_instruction_and_an_example_that_works() -> None:
+    example = PAGE.split("```\n")[1]
+    modelfile = parse_modelfile(example)
+    assert modelfile.messages == (("user", "Where is Rome?"), ("assistant", "In Italy."))
+    assert parse_modelfile(modelfile.render()) == modelfile
+    with pytest.raises(ModelfileInvalid) as refusal:
+        parse_modelfile("NONE x")
+    known = str(refusal.value).rpartition("there are ")[2].split(", ")
+    assert {name for name in known if f"`{name}`" not in PAGE} == set()
+    assert set(rows("Instructions")) < set(known)
+
+
+def test_the_page_has_every_parameter_and_the_values_that_ask_for_nothing() -> None:
+    working, lacking = rows("Parameters that work"), rows("Parameters that the engine lacks")
+    assert working.keys() | lacking.keys() == NAMES
+    assert not working.keys() & lacking.keys()
+    for name, accepted in lacking.items():
+        if value := accepted.partition(";")[0]:
+            assert check(name, from_text(name, value)) == {}
+
+
+def test_the_page_has_every_function_of_templates() -> None:
+    section = PAGE.split("\n## Templates\n")[1]
+    assert {name for name in FUNCTIONS if f"`{name}`" not in section} == set()
