@@ -36,6 +36,7 @@ class Job:
 
     prompt: Sequence[int]  # token ids
     num_output_tokens: int
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the body, beside the usual ones or in their place
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ async def ask(url: str, model: str, job: Job, seen: Seen) -> None:
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **job.fields,
     }
     started = time.perf_counter()
     last, num_tokens = 0.0, 0

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,14 +25,19 @@ def chunked(*pieces: bytes) -> bytes:
 
 @contextlib.asynccontextmanager
 async def server(
-    *writes: bytes, head: str = "200 OK", header: str = "Transfer-Encoding: chunked"
+    *writes: bytes,
+    head: str = "200 OK",
+    header: str = "Transfer-Encoding: chunked",
+    bodies: list[dict[str, Any]] | None = None,
 ) -> AsyncIterator[str]:
-    """A server that answers every request with these bytes, in so many writes."""
+    """A server that answers every request with these bytes, in so many writes, and notes the requests' bodies."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = next(line for line in request.split("\r\n") if line.startswith("Content-Length:"))
-        await reader.readexactly(int(length.split()[1]))
+        body = await reader.readexactly(int(length.split()[1]))
+        if bodies is not None:
+            bodies.append(json.loads(body))
         writer.write(f"HTTP/1.1 {head}\r\n{header}\r\n\r\n".encode())
         for data in writes:
             writer.write(data)
@@ -56,6 +61,13 @@ async def test_tokens_are_those_of_the_usage_and_gaps_those_between_chunks_with_
     assert (seen.num_requests, seen.num_output_tokens, seen.num_chunks) == (1, 5, 3)
     assert len(seen.first_token_seconds) == 1
     assert len(seen.gap_seconds) == 2
+
+
+async def test_a_job_may_have_fields_of_its_own() -> None:
+    bodies: list[dict[str, Any]] = []
+    async with server(chunked(event("a"), event(None, 1)), bodies=bodies) as url:
+        await client.ask(url, "m", client.Job([1], 1, {"ignore_eos": False, "top_k": 5}), client.Seen())
+    assert (bodies[0]["ignore_eos"], bodies[0]["top_k"], bodies[0]["prompt"]) == (False, 5, [1])
 
 
 @pytest.mark.parametrize("cut", [1, 7, 30, 61])
