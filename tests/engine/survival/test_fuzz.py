@@ -65,6 +65,8 @@ GOOD: Final[dict[str, list[Json]]] = {
     "/v1/embeddings": [{"model": "tiny", "input": ["a", [5, 6]], "encoding_format": "base64"}],
     "/tokenize": [{"model": "tiny", "prompt": "a"}, {"model": "tiny", "messages": [HI]}],
     "/detokenize": [{"model": "tiny", "tokens": [5, 6]}],
+    "/v1/load_lora_adapter": [{"lora_name": "poet", "lora_path": "adapters/poet"}],
+    "/v1/unload_lora_adapter": [{"lora_name": "poet"}],
     "/api/generate": [
         {"model": "tiny", "prompt": "a", "options": SHORT, "keep_alive": "5m", "format": SCHEMA},
         {"model": "tiny", "prompt": "a", "options": SHORT, "template": "{{ .Prompt }}", "system": "x", "stream": False},
@@ -216,7 +218,7 @@ def requests(document: Json) -> SearchStrategy[tuple[str, str, bytes, dict[str, 
         body = draw(changed(draw(st.sampled_from(GOOD[path]))) if kind % 2 else from_schema(schema, document))
         if isinstance(body, dict) and path in FETCHING:
             body |= {name: f"no name {body[name]}" for name in ("model", "name") if isinstance(body.get(name), str)}
-        elif isinstance(body, dict) and path not in CHANGING and draw(st.integers(0, 9)):
+        elif isinstance(body, dict) and path not in CHANGING and "model" in GOOD[path][0] and draw(st.integers(0, 9)):
             body["model"] = "tiny"
         content = json.dumps(body).encode()
         return method, path, content.replace(b'"tiny', b'"spare') if path in CHANGING else content, headers
@@ -266,6 +268,9 @@ class Campaign:
     def run(self, num_requests: int, *, derandomize: bool = False) -> None:
         """Send so many."""
         document = self._http.get("/openapi.json").json()
+        assert set(GOOD) == {
+            path for path, item in document["paths"].items() if any("requestBody" in one for one in item.values())
+        }
         self.ask_well()
 
         @settings(
