@@ -78,7 +78,8 @@ COMMON: Final[dict[str, Field]] = {
     "model": Field({"model": "other"}, lambda seen: seen.response.json()["model"] == "other"),
     "stream": Field({"stream": True}, lambda seen: "event-stream" in seen.response.headers["content-type"]),
     "stream_options": Field(
-        {"stream": True, "stream_options": {"include_usage": True}}, lambda seen: '"choices":[],"usage":{' in seen.response.text
+        {"stream": True, "stream_options": {"include_usage": True}},
+        lambda seen: '"choices":[],"usage":{' in seen.response.text,
     ),
     "max_tokens": sampled("max_tokens", 3),
     "temperature": sampled("temperature", 0.5),
