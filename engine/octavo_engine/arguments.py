@@ -111,7 +111,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_numbers(group)
     _add_memory_options(plan.add_argument_group("memory and batching"))
 
-    pull = add("pull", "fetch a model", epilog=_ENVIRONMENT_HELP)
+    pull = add("pull", "fetch a model or an adapter", epilog=_ENVIRONMENT_HELP)
     pull.add_argument(
         "source",
         metavar="SOURCE",
@@ -119,6 +119,11 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         "https://.../FILE.gguf, ollama://[HOST/]NAME[:TAG], oci://HOST/REPOSITORY[:TAG] or s3://BUCKET/KEY",
     )
     pull.add_argument("--output", type=Path, metavar="PATH", help="where to put it (default: the local store)")
+    pull.add_argument(
+        "--adapter",
+        action="store_true",
+        help="SOURCE is a LoRA adapter, for --lora-modules of `octavo serve`; with --output (default: it is a model)",
+    )
     pull.add_argument("--host", default=DEFAULTS["host"], help="address for --port (default: %(default)s)")
     pull.add_argument(
         "--port",

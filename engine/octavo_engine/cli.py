@@ -168,19 +168,22 @@ def _pull(options: argparse.Namespace) -> None:
     location = _locate(options.source, options.revision)
     if location.source is None:
         raise ConfigError(f"{options.source} is on this machine already: {location.path}")
+    if options.adapter and options.output is None:
+        raise ConfigError("--adapter: name its place by --output; the local store is for models")
     if options.output is not None:
         output = options.output
         if output.is_dir() and not is_pulled(output, location.source):
             output /= location.path.name
         location = replace(location, path=output, store=None)
     with telling(options.host, options.port) as server:
-        with contextlib.suppress(SourceUnreachable):  # the pull itself tries again and again
-            _read_model(location)  # what this engine cannot run is not worth its download
+        if not options.adapter:  # an adapter is judged beside its model: by `octavo serve`
+            with contextlib.suppress(SourceUnreachable):  # the pull itself tries again and again
+                _read_model(location)  # what this engine cannot run is not worth its download
         location = _pull_if_missing(location, server.tell)
-    model = _read_model(location)
+    facts = {} if options.adapter else _read_model(location).facts()
     print(location.path)
     if options.termination_log is not None:
-        told = {"reason": "Pulled", "message": f"{location.name} is at {location.path}", "facts": model.facts()}
+        told = {"reason": "Pulled", "message": f"{location.name} is at {location.path}", "facts": facts}
         _write_termination_log(options.termination_log, told)
 
 

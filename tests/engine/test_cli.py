@@ -173,6 +173,18 @@ def test_what_cannot_run_is_refused_before_its_download(
 
 
 @pytest.mark.usefixtures("hub")
+def test_an_adapter_is_pulled_without_being_read_as_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Hub.model = b"GGUF" + bytes(100)
+    log, place = tmp_path / "termination-log", tmp_path / "adapters" / "0-sql"
+    pull = ("pull", "hf://org/repo:m.gguf", "--adapter", f"--termination-log={log}")
+    assert status_of(*pull) == 1
+    assert "--adapter: name its place by --output" in capsys.readouterr().err
+    assert status_of(*pull, f"--output={place}") == 0
+    assert place.read_bytes() == Hub.model
+    assert json.loads(log.read_bytes()) | {"reason": "Pulled", "facts": {}} == json.loads(log.read_bytes())
+
+
+@pytest.mark.usefixtures("hub")
 def test_a_plan_is_made_of_a_model_that_is_not_here(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("plan", "hf://org/repo:m.gguf", "--max-model-len", "64") == 0
     assert "longest context   64 tokens of 1,024" in capsys.readouterr().out

@@ -25,6 +25,7 @@ _DEFAULT_QUANTISATION: Final = "Q4_K_M"  # Ollama's choice, of models that come 
 _QUANTISATION: Final = re.compile(
     r"[-._](?P<name>(?:I?Q\d|BF16|F16|F32|FP16|MXFP4)\w*)(?:-\d{5}-of-\d{5})?\.gguf", re.IGNORECASE
 )
+_ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
 _PART: Final = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 _TIMEOUT_SECONDS: Final = 30.0
 
@@ -55,7 +56,8 @@ async def list_hub_files(source: HubSource, hub: Hub) -> Listing:
 def choose(names: Sequence[str], wanted: str, what: str) -> list[str]:
     """Return the files that are meant by `wanted` out of all `names` of a repository; for errors it is called `what`.
 
-    Nothing wanted: the folder of safetensors files at the top, or else the GGUF model, of several that in Q4_K_M.
+    Nothing wanted: the folder of safetensors files at the top, or a LoRA adapter's, or else the GGUF model, of several
+    that in Q4_K_M.
 
     Raises:
         ModelNotFound, ModelUnsupported: as list_hub_files.
@@ -76,6 +78,8 @@ def choose(names: Sequence[str], wanted: str, what: str) -> list[str]:
             and not name.endswith(".gguf")
             and not (merged and name.startswith("consolidated"))  # Mistral's own copy of the same weights
         )
+    if not wanted and "config.json" not in top and set(top).issuperset(_ADAPTER_FILES):
+        return list(_ADAPTER_FILES)
     return _choose_gguf(names, wanted, what)
 
 

@@ -39,6 +39,13 @@ GGUFS = {
     "tiny-Q8_0.gguf": b"GGUF eight",
 }
 
+ADAPTER = {
+    "adapter_config.json": b'{"peft_type": "LORA"}',
+    "adapter_model.safetensors": b"few weights" * 100,
+    "checkpoint-9/adapter_model.safetensors": b"old weights",
+    "tokenizer.json": b"{}",
+}
+
 
 def is_large(name: str) -> bool:
     return name.endswith((".safetensors", ".gguf", ".onnx"))
@@ -121,7 +128,7 @@ class HubServer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    HubServer.repositories = {"tiny": dict(FILES), "tiny-GGUF": dict(GGUFS)}
+    HubServer.repositories = {"tiny": dict(FILES), "tiny-GGUF": dict(GGUFS), "tiny-lora": dict(ADAPTER)}
     HubServer.damaged, HubServer.requests = None, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubServer) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -154,6 +161,16 @@ async def test_a_repository_of_safetensors_comes_as_a_folder_of_what_a_model_nee
     wanted = set(FILES) - {"README.md", "onnx/model.onnx"}
     assert contents(location.model) == {name: FILES[name] for name in wanted}
     assert [model.name for model in local.list_models(tmp_path)] == ["org/tiny"]
+
+
+async def test_of_a_repository_with_an_adapter_its_two_files_come(hub: Hub, tmp_path: Path) -> None:
+    await pull(parse_source("hf://org/tiny-lora"), tmp_path / "sql", hub=hub)
+    two = ("adapter_config.json", "adapter_model.safetensors")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sql").glob("adapter*")} == {
+        name: ADAPTER[name] for name in two
+    }
+    assert not (tmp_path / "sql" / "tokenizer.json").exists()
+    assert choose([*two, "config.json"], "", "it") == [*two, "config.json"]  # a model with an adapter beside it
 
 
 async def test_patterns_say_what_comes(hub: Hub, tmp_path: Path) -> None:
