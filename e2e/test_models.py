@@ -1,4 +1,4 @@
-"""Which models a service has: profiles that change while it serves, and a pull that says how far it is.
+"""Which models a service has: profiles that change while it serves, adapters, and a pull that says how far it is.
 
 All at once, so that they share their waits: the kubelet takes up to a minute to renew a ConfigMap in a pod.
 """
@@ -10,7 +10,9 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import gguf
 import httpx
+import numpy as np
 import pytest
 
 from octavo_cluster import model, product, storage
@@ -18,7 +20,8 @@ from octavo_cluster.shell import wait_until
 from octavo_cluster.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from octavo_cluster.backend import Cluster
     from octavo_cluster.recipe import Image
@@ -39,6 +42,14 @@ AFTER: Final[list[Json]] = [
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}],
     },
 ]
+ADAPTERS: Final[list[Json]] = [
+    {"name": "same", "source": "pvc://models/same.gguf"},
+    {"name": "odd", "source": "http://web:8080/odd.gguf"},
+]
+AFTER_ADAPTERS: Final[list[Json]] = [{"name": "team/odd:v2", "source": "pvc://models/odd.gguf"}]
+
+
+HIDDEN, RANK = 576, 4  # of the demo model; of the adapters
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,9 @@ class Story:
     pods: list[Json]  # of the one with profiles, before and after
     pulled: list[int] = field(default_factory=list)  # percents that were told, in order
     facts: Json = field(default_factory=dict)  # of the pulled model
+    adapted: dict[str, str] = field(default_factory=dict)  # what the model and its adapters answer, by name
+    exchanged: dict[str, str] = field(default_factory=dict)  # the same, with other adapters
+    parents: dict[str, str | None] = field(default_factory=dict)  # of what /v1/models listed then
 
 
 def ask(url: str) -> Told:
@@ -71,6 +85,61 @@ def ask(url: str) -> Told:
     return Told({each["id"] for each in listed}, answer["prompt_eval_count"], answer["eval_count"])
 
 
+def write_adapter(path: Path, strength: float) -> Path:
+    """Write an adapter of the demo model as llama.cpp's converter does; one of no strength adds nothing."""
+    random = np.random.default_rng(7)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(RANK))
+    for layer in range(30):
+        for side, shape, scale in (("a", (RANK, HIDDEN), HIDDEN**-0.5), ("b", (HIDDEN, RANK), strength)):
+            tensor = (scale * random.standard_normal(shape)).astype(np.float32)
+            writer.add_tensor(f"blk.{layer}.attn_output.weight.lora_{side}", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def answers(url: str, names: Iterable[str]) -> dict[str, str]:
+    """Ask each model the same."""
+    found = {}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        for name in names:
+            question = {"role": "user", "content": "Where is the Eiffel Tower?"}
+            chat = {"model": name, "messages": [question], "temperature": 0, "max_tokens": 16}
+            answer = http.post("/v1/chat/completions", json=chat).raise_for_status().json()
+            found[name] = answer["choices"][0]["message"]["content"]
+    return found
+
+
+def listed(url: str) -> dict[str, str | None]:
+    """What /v1/models lists, each with its parent."""
+    models = httpx.get(f"{url}/v1/models", timeout=60).raise_for_status().json()["data"]
+    return {each["id"]: each.get("parent") for each in models}
+
+
+def exchange_adapters(where: Workspace, story: Story) -> None:
+    """Ask a service and its adapters, give it others, and ask again."""
+    where.await_ready("adapted")
+    with where.cluster.reach(where.name, "adapted") as url:
+        story.adapted = answers(url, listed(url))
+        where.patch("adapted", {"adapters": AFTER_ADAPTERS})
+
+        def missing() -> str | None:
+            try:
+                story.parents = listed(url)
+            except httpx.HTTPError as error:
+                return str(error)
+            return None if "team/odd:v2" in story.parents else str(story.parents)
+
+        wait_until(missing, what="the other adapters", seconds=PATIENCE_SECONDS, poll=1.0)
+        where.await_ready("adapted")
+        story.exchanged = answers(url, story.parents)
+
+
 def watch_pull(where: Workspace, story: Story) -> str | None:
     """Note how far the pull is; return what is missing until its service serves."""
     condition = where.condition("pulled")
@@ -80,11 +149,16 @@ def watch_pull(where: Workspace, story: Story) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def story(operator_installed: Cluster, product_images: tuple[Image, Image]) -> Iterator[Story]:
-    """Both services, from their beginning until the profiles have changed."""
+def story(
+    operator_installed: Cluster, product_images: tuple[Image, Image], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Story]:
+    """All services, from their beginning until profiles and adapters have changed."""
     where = Workspace(operator_installed, "e2e-models", product_images[1])
     product.make_namespace(operator_installed, where.name)
     where.put_model("models")
+    for name, strength in (("same.gguf", 0.0), ("odd.gguf", 1.0)):
+        file = write_adapter(tmp_path_factory.mktemp("adapters") / name, strength)
+        where.put_file("models", file)
     web = storage.slow_server("web", "models", where.engine.reference, BYTES_PER_SECOND)
     operator_installed.kubectl.apply(*web, namespace=where.name)
     where.apply("profiled", profiles=BEFORE)
@@ -93,6 +167,7 @@ def story(operator_installed: Cluster, product_images: tuple[Image, Image]) -> I
         pods = where.pods("profiled")
         found = Story(before=ask(url), after=ask(url), pods=pods)
         where.patch("profiled", {"profiles": AFTER})
+        where.apply("adapted", adapters=ADAPTERS)
         where.apply("pulled", model={"source": f"http://web:8080/{model.FILE_NAME}"})
         wait_until(lambda: watch_pull(where, found), what="pulled: Ready", seconds=PATIENCE_SECONDS, poll=0.5)
 
@@ -101,6 +176,7 @@ def story(operator_installed: Cluster, product_images: tuple[Image, Image]) -> I
             return None if found.after.names != found.before.names else str(found.after)
 
         wait_until(missing, what="the changed profiles", seconds=PATIENCE_SECONDS, poll=1.0)
+    exchange_adapters(where, found)
     found.pods += where.pods("profiled")
     found.facts = (where.get("inferenceservice", "pulled") or {})["status"].get("model", {})
     yield found
@@ -126,3 +202,16 @@ def test_a_pull_from_a_web_server_says_how_far_it_is(story: Story) -> None:
     assert any(0 < percent < 100 for percent in story.pulled)
     assert story.pulled == sorted(story.pulled)
     assert story.facts["architecture"] == "llama"
+
+
+def test_adapters_are_served_beside_the_model_and_each_computes_its_own_answers(story: Story) -> None:
+    assert story.adapted.keys() == {"adapted", "same", "odd"}
+    assert "Paris" in story.adapted["adapted"]
+    assert "Paris" in story.adapted["same"]
+    assert "Paris" not in story.adapted["odd"]
+
+
+def test_adapters_that_change_take_the_place_of_those_before(story: Story) -> None:
+    assert story.parents == {"adapted": None, "team/odd:v2": "adapted"}
+    assert "Paris" in story.exchanged["adapted"]
+    assert "Paris" not in story.exchanged["team/odd:v2"]

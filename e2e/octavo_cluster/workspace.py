@@ -11,6 +11,7 @@ from octavo_cluster.shell import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
     from subprocess import CompletedProcess
 
     from octavo_cluster.backend import Cluster
@@ -63,12 +64,16 @@ class Workspace:
 
     def put_model(self, claim: str) -> None:
         """Put the demo model into a claim, which is made if it is not there."""
+        self.put_file(claim, model.demo_model(), model.FILE_NAME)
+
+    def put_file(self, claim: str, file: Path, name: str | None = None) -> None:
+        """Put a file into a claim, which is made if it is not there; it keeps its name unless another one is given."""
         storage.put_file(
             self.cluster,
             namespace=self.name,
             claim_name=claim,
-            source=model.demo_model(),
-            remote_name=model.FILE_NAME,
+            source=file,
+            remote_name=name or file.name,
             image=self.engine.reference,
         )
 

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from octavo_operator import names
 from octavo_operator.api.v1alpha1 import InferenceService
+from octavo_operator.desired import weights
 from octavo_operator.observe import IMAGE_REASONS, Container, Pod, Termination
 from octavo_operator.resources import Json
 
@@ -94,7 +95,7 @@ class Cause(Enum):
     STALLED = _Row("False", "ProgressDeadlineExceeded", "no pod has become ready for too long: {detail}")
     GATED = _Row("Unknown", "SchedulingGated", "{pods} wait for their scheduling gates to be lifted")
     STARTING = _Row("Unknown", "Starting", "{pods} are being started")
-    PULLING = _Row("Unknown", "Pulling", "{pods} pull the model from {source}{percent}")
+    PULLING = _Row("Unknown", "Pulling", "{pods} pull {what} from {source}{percent}")
     LOADING = _Row("Unknown", "Loading", "{pods} load the model{percent}")
     POD_FAILED = _Row("False", "PodFailed", "{pods} failed: {detail}")
     ROLLING_OUT = _Row("Unknown", "RollingOut", "{detail}")
@@ -155,10 +156,12 @@ def _troubles(pod: Pod, service: InferenceService) -> Iterator[Finding | None]:
 def _progress(pod: Pod, service: InferenceService) -> Finding:
     """How far a pod is in which nothing is wrong."""
     percent = "" if pod.percent is None else f": {pod.percent} %"
-    pull = next((container for container in pod.init_containers if container.name == names.PULL_CONTAINER), None)
-    if pull is not None and pull.running:
-        return Finding.of(Cause.PULLING, source=service.spec.model.source, percent=percent)
-    has_pulled = pull is not None and pull.ended is not None  # and well: otherwise that would have been told above
+    pulled_by = weights.pulled_by(service)
+    pulls = [container for container in pod.init_containers if container.name in pulled_by]
+    if running := next((container for container in pulls if container.running), None):
+        what, source = pulled_by[running.name]
+        return Finding.of(Cause.PULLING, what=what, source=source, percent=percent)
+    has_pulled = bool(pulls) and pulls[-1].ended is not None  # and well: otherwise that would have been told above
     if has_pulled or any(
         container.name == names.ENGINE_CONTAINER and container.running for container in pod.containers
     ):
@@ -172,7 +175,7 @@ def _diagnose_unscheduled(reason: str, message: str, service: InferenceService) 
     namespace = service.metadata.namespace or ""
     missing_claim = re.search('persistentvolumeclaim "([^"]+)" not found', message)
     if missing_claim:
-        field = "spec.model.source" if service.spec.model.cache is None else "spec.model.cache.claimName"
+        field = _field_of_claim(missing_claim[1], service)
         return Finding.of(Cause.MODEL_SOURCE_NOT_FOUND, claim=missing_claim[1], namespace=namespace, field=field)
     # After the nodes' reasons the scheduler says why preempting others would not help, which says nothing more.
     detail = (
@@ -183,6 +186,15 @@ def _diagnose_unscheduled(reason: str, message: str, service: InferenceService) 
     if short := sorted(set(re.findall(r"Insufficient ([^\s,]+[^\s,.])", message))):
         return _short_of(short, detail, service)
     return Finding.of(Cause.UNSCHEDULABLE, detail=detail)
+
+
+def _field_of_claim(claim: str, service: InferenceService) -> str:
+    """The field that names a PersistentVolumeClaim."""
+    model = service.spec.model
+    for adapter in service.spec.adapters:
+        if adapter.source.startswith(f"pvc://{claim}/") and not model.source.startswith(f"pvc://{claim}/"):
+            return f"the source of {adapter.name} in spec.adapters"
+    return "spec.model.source" if model.cache is None else "spec.model.cache.claimName"
 
 
 def _short_of(resources: Sequence[str], detail: str, service: InferenceService) -> Finding:
@@ -260,19 +272,25 @@ def _missing_secret(text: str, service: InferenceService) -> Finding | None:
     if match is None:
         return None
     kind, name, key = match["kind"], match["name"], match.groupdict().get("key")
-    model, keys = service.spec.model, service.spec.endpoint.api_key_secret
-    fields = {
-        each.name: field
-        for each, field in (
-            (keys, "spec.endpoint.apiKeySecret"),
-            (model.token_secret, "spec.model.tokenSecret"),
-            (model.credentials_secret, "spec.model.credentialsSecret"),
-        )
-        if each is not None
-    }
+    spec = service.spec
+    model, keys = spec.model, spec.endpoint.api_key_secret
+    named = [
+        (keys, "spec.endpoint.apiKeySecret"),
+        (model.token_secret, "spec.model.tokenSecret"),
+        (model.credentials_secret, "spec.model.credentialsSecret"),
+        *((each.token_secret, f"the tokenSecret of {each.name} in spec.adapters") for each in spec.adapters),
+        *(
+            (each.credentials_secret, f"the credentialsSecret of {each.name} in spec.adapters")
+            for each in spec.adapters
+        ),
+    ]
+    fields = {each.name: field for each, field in reversed(named) if each is not None}
     if key is not None and key.startswith("references"):  # of a volume, which says no more than the key
-        is_login = model.credentials_secret is not None and name == ".dockerconfigjson"
-        secret = model.credentials_secret if is_login else keys
+        volume = re.search('volume "([^"]+)"', text)
+        logins = {names.CREDENTIALS_VOLUME: model.credentials_secret} | {
+            f"{names.CREDENTIALS_VOLUME}-{number}": each.credentials_secret for number, each in enumerate(spec.adapters)
+        }
+        secret = logins.get(volume[1], keys) if volume is not None else keys
         name, key = (secret.name if secret is not None else name), name
     field = fields.get(name, "spec.pod.env") if kind.lower() == "secret" else "spec.pod.env"
     what = "ConfigMap" if kind.lower().startswith("config") else "Secret"
@@ -318,6 +336,7 @@ FIELDS: Final = {
     "--device": "spec.engine.device",
     "--dtype": "spec.engine.dtype",
     "--gpu-memory-utilization": "spec.engine.gpuMemoryUtilization",
+    "--lora-modules": "spec.adapters",
     "--max-model-len": "spec.engine.maxModelLen",
     "--max-num-seqs": "spec.engine.maxNumSeqs",
     "--profiles": "spec.profiles",

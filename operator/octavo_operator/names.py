@@ -32,6 +32,7 @@ MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 ENGINE_COMPONENT: Final = "engine"
 ENGINE_CONTAINER: Final = "engine"  # runs `octavo serve`
 PULL_CONTAINER: Final = "pull"  # init container, runs `octavo pull`
+ADAPTER_CONTAINER: Final = "pull-adapter-"  # and its number; init containers, each runs `octavo pull --adapter`
 CREDENTIALS_VOLUME: Final = "credentials"  # of the Secret with which a registry is logged in to
 HTTP_PORT_NAME: Final = "http"
 HTTP_PORT: Final = 8000  # in the pod; the Service's port is spec.endpoint.port

@@ -164,12 +164,12 @@ class Pod:
 
     @property
     def loads_in(self) -> str | None:
-        """The container that pulls or loads the model, if one does; it can be asked how far it is."""
+        """The container that pulls, or loads the model, if one does; it can be asked how far it is."""
         if self.ready or self.deleting or not self.ip:
             return None
         ours = {names.PULL_CONTAINER, names.ENGINE_CONTAINER}
         running = (container.name for container in self.all_containers if container.running)
-        return next((name for name in running if name in ours), None)
+        return next((name for name in running if name in ours or name.startswith(names.ADAPTER_CONTAINER)), None)
 
     @property
     def cannot_pull(self) -> bool:

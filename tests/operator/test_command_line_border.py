@@ -43,7 +43,7 @@ def containers(case: str) -> list[dict[str, Any]]:
     return [*spec.get("initContainers", []), *spec["containers"]]
 
 
-@pytest.mark.parametrize("case", ["cpu", "nvidia", "autoscaling", "custom", "cached", "profiles"])
+@pytest.mark.parametrize("case", ["adapters", "cpu", "nvidia", "autoscaling", "custom", "cached", "profiles"])
 def test_the_engine_takes_every_command_line_that_the_operator_renders(case: str) -> None:
     for container in containers(case):
         options = parse(container["args"])
@@ -59,6 +59,18 @@ def test_what_the_spec_says_arrives_in_the_engine() -> None:
     assert (options.dtype, options.device, options.tensor_parallel_size) == ("float32", "cpu", 1)
     assert (options.max_model_len, options.max_num_seqs, options.seed) == (2048, 16, 7)
     assert options.shutdown_timeout == 60
+
+
+def test_every_adapter_arrives_in_the_engine_from_where_it_was_pulled_to() -> None:
+    *pulls, engine = containers("adapters")
+    options = parse(engine["args"])
+    modules = {module.name: str(module.path) for module in options.lora_modules}
+    assert options.enable_lora
+    assert list(modules) == ["poet", "lawyer", "sql", "team/support:v1", "chess"]
+    assert [modules[name] for name in ("poet", "lawyer")] == ["/models/adapters/poet", "/adapter-claims/0/lawyer.gguf"]
+    pulled = [parse(pull["args"]) for pull in pulls]
+    assert all(each.adapter for each in pulled)
+    assert [str(each.output) for each in pulled] == [modules[name] for name in ("sql", "team/support:v1", "chess")]
 
 
 def test_the_engine_serves_every_series_by_which_services_scale() -> None:
@@ -84,6 +96,14 @@ def test_an_abbreviation_of_an_owned_flag_does_not_get_past_the_engine(capsys: p
 def test_the_engine_pulls_from_every_source_that_the_resource_takes(text: str) -> None:
     assume(len(text) <= 200 and all(rule.holds(text) for rule in source.SOURCE_RULES))
     assert parse_source(text).text
+
+
+@settings(deadline=None)
+@given(st.one_of(*(st.from_regex(each, fullmatch=True) for each in (source._HF, source._S3, source._OCI))))
+def test_adapters_come_from_where_models_come_from(text: str) -> None:
+    assert all(rule.holds(text) for rule in source.ADAPTER_RULES) == all(
+        rule.holds(text) for rule in source.SOURCE_RULES
+    )
 
 
 @pytest.mark.parametrize("text", ["https://models.example:8443/~octavo/a%20b/model.gguf", "http://a.svc/b/c.gguf"])

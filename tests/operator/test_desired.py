@@ -21,7 +21,7 @@ from octavo_operator.desired import service as cluster_service
 GOLDEN: Final = Path(__file__).parent / "golden"
 CASES: Final = sorted(path for path in GOLDEN.glob("*.yaml") if not path.name.endswith(".children.yaml"))
 REGENERATE: Final = (
-    "for case in cpu nvidia autoscaling custom cached profiles; do kubectl-octavo render -f "
+    "for case in adapters cpu nvidia autoscaling custom cached profiles; do kubectl-octavo render -f "
     "tests/operator/golden/$case.yaml --engine-image=octavo-engine:golden > tests/operator/golden/$case.children.yaml; "
     "done"
 )
@@ -112,6 +112,44 @@ def test_without_autoscaling_there_is_no_autoscaler_and_one_replica() -> None:
     manifests = rendered()
     assert "HorizontalPodAutoscaler" not in manifests
     assert manifests["Deployment"]["spec"]["replicas"] == 1
+
+
+ADAPTERS: Final = [
+    {"name": "sql", "source": "hf://org/sql-lora"},
+    {"name": "poet", "source": "pvc://models/poet/"},
+    {"name": "a/b", "source": "oci://registry.example/a", "credentialsSecret": {"name": "login"}},
+]
+
+
+def test_each_adapter_is_pulled_by_a_container_that_alone_has_its_credentials() -> None:
+    spec = pod(model={"source": "hf://org/repo:m.gguf", "tokenSecret": {"name": "hub"}}, adapters=ADAPTERS)
+    of_model, sql, registry = spec["initContainers"]
+    assert [each["name"] for each in spec["initContainers"]] == ["pull", "pull-adapter-0", "pull-adapter-2"]
+    assert [each["name"] for each in of_model["env"]] == ["HF_TOKEN"]
+    assert "env" not in sql
+    assert [mount["name"] for mount in registry["volumeMounts"]] == ["adapters", "tmp", "credentials-2"]
+    (serving,) = spec["containers"]
+    assert not any("credentials" in mount["name"] for mount in serving["volumeMounts"])
+    assert "env" not in serving
+    assert all(mount["readOnly"] for mount in serving["volumeMounts"] if mount["name"] != "tmp")
+
+
+def test_what_is_mounted_is_a_volume_of_the_pod_and_each_once() -> None:
+    both = [*ADAPTERS, {"name": "other", "source": "pvc://models/other.gguf"}]
+    spec = pod(adapters=both)
+    volumes = [volume["name"] for volume in spec["volumes"]]
+    assert len(volumes) == len(set(volumes))
+    for container in (*spec["initContainers"], *spec["containers"]):
+        assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume
+    ]
+    assert claims == ["models"]  # the model's own, in which two adapters are
+
+
+def test_without_adapters_the_engine_keeps_no_memory_for_them() -> None:
+    assert "--enable-lora" not in engine()["args"]
+    assert "--enable-lora" in engine(adapters=ADAPTERS[1:2])["args"]
 
 
 def test_the_number_that_an_autoscaler_has_left_stays_until_the_spec_gives_one() -> None:
@@ -371,8 +409,11 @@ def test_every_flag_that_the_operator_renders_is_refused_among_extra_args() -> N
         engine={"maxModelLen": 1, "maxNumSeqs": 1, "gpuMemoryUtilization": "0.5", "quantization": "none"},
         endpoint={"apiKeySecret": {"name": "keys"}},
         profiles=[{"name": "support"}],
+        adapters=ADAPTERS,
     )["args"][2:]
-    assert {arg.partition("=")[0] for arg in args} == set(OWNED_FLAGS) - {"--api-key", "--api-key-for-all"}
+    flags = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+    # Anybody may say --enable-lora, too: without adapters of its own, a service may take some at run time.
+    assert flags - {"--enable-lora"} == set(OWNED_FLAGS) - {"--api-key", "--api-key-for-all"}
 
 
 def test_the_engine_may_be_told_to_compute_on_the_cpu_beside_gpus() -> None:

@@ -177,6 +177,79 @@ def test_credentials_that_are_missing_are_named(spec: Json, message: str, detail
     assert text.endswith("create it, or correct spec.model.credentialsSecret")
 
 
+def pulling(states: dict[str, Json]) -> Pod:
+    """A pod whose init containers have these states."""
+    statuses = [
+        {"name": name, "image": "octavo-engine:1", "ready": False, "state": each} for name, each in states.items()
+    ]
+    return Pod.from_json(
+        {
+            "metadata": {"name": "p", "namespace": "models", "resourceVersion": "1", "labels": names.labels("llama")},
+            "status": {"phase": "Pending", "podIP": "10.0.0.1", "initContainerStatuses": statuses},
+        }
+    )
+
+
+ADAPTERS: Final = {
+    "model": {"source": "hf://org/repo:m.gguf"},
+    "adapters": [
+        {"name": "poet", "source": "pvc://late/poet/"},
+        {"name": "sql", "source": "hf://org/sql-lora", "tokenSecret": {"name": "hub"}},
+        {"name": "chess", "source": "oci://registry.example/chess", "credentialsSecret": {"name": "login"}},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("stuck", "text"),
+    [
+        (
+            unscheduled('persistentvolumeclaim "late" not found'),
+            (
+                'PersistentVolumeClaim "late" does not exist in namespace models: create it, or correct the source of '
+                "poet in spec.adapters"
+            ),
+        ),
+        (
+            pulling({"pull-adapter-1": waiting("CreateContainerConfigError", 'secret "hub" not found')}),
+            'Secret "hub" does not exist: create it, or correct the tokenSecret of sql in spec.adapters',
+        ),
+        (
+            replace(
+                pod(engine=waiting("ContainerCreating")),
+                hindrance='MountVolume.SetUp failed for volume "credentials-2" : references non-existent secret key: '
+                ".dockerconfigjson",
+            ),
+            (
+                'Secret "login" has no key ".dockerconfigjson": create it, or correct the credentialsSecret of chess '
+                "in spec.adapters"
+            ),
+        ),
+    ],
+)
+def test_what_an_adapter_lacks_is_told_by_its_name(stuck: Pod, text: str) -> None:
+    status, _, message = told(diagnose(stuck, service(**ADAPTERS)))
+    assert status == "False"
+    assert message == f"1 of 2 pods cannot start: {text}"
+
+
+def test_a_pod_tells_what_it_pulls_and_loads_once_all_is_there() -> None:
+    running: Json = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+    done: Json = {"terminated": {"exitCode": 0}}
+    states = [[running, waiting("x"), waiting("x")], [done, running, waiting("x")], [done, done, running], [done] * 3]
+    names_of = ("pull", "pull-adapter-1", "pull-adapter-2")
+    messages = [
+        told(diagnose(pulling(dict(zip(names_of, each, strict=True))), service(**ADAPTERS)))[2] for each in states
+    ]
+    assert messages == [
+        "1 of 2 pods pull the model from hf://org/repo:m.gguf",
+        "1 of 2 pods pull the adapter sql from hf://org/sql-lora",
+        "1 of 2 pods pull the adapter chess from oci://registry.example/chess",
+        "1 of 2 pods load the model",
+    ]
+    assert pulling({"pull-adapter-1": running}).loads_in == "pull-adapter-1"
+
+
 def events(*pairs: tuple[str, str]) -> list[Json]:
     """Events of a pod in the order in which they came, told newest first."""
     return [

@@ -115,9 +115,17 @@ SPECS: Final[tuple[Json, ...]] = (
                 "messages": [{"role": "user", "content": "Is Toronto in Canada?"}],
             }
         ],
+        "adapters": [
+            {"name": "sql", "source": "hf://org/sql-lora", "tokenSecret": {"name": "hub", "key": "token"}},
+            {"name": "chess", "source": "oci://registry.example/chess", "credentialsSecret": {"name": "login"}},
+        ],
     },
 )
-RESHAPED: Final = {"spec.model.source", "spec.autoscaling.target"}  # what becomes of them is not the same string
+RESHAPED: Final = {
+    "spec.model.source",
+    "spec.adapters[].name",
+    "spec.autoscaling.target",
+}  # what becomes of them is not the same string
 
 
 def render(spec: Json) -> list[Json]:
@@ -290,6 +298,9 @@ def at(number: int, *place: str | int) -> tuple[int, Place]:
 @example((*at(0, "pod", "env", 0, "value"), "a\n- name: HF_TOKEN\n  value: b"))
 @example((*at(0, "pod", "labels", "team", KEY), "serving.octavo.dev/service"))
 @example((*at(0, "pod", "annotations", "example.com/note"), 'a: {b: "c"}\u2028# d'))
+@example((*at(3, "adapters", 0, "name"), "sql=/etc --device=cuda"))
+@example((*at(3, "adapters", 0, "name"), "team/sql:v2"))
+@example((*at(3, "adapters", 0, "source"), "hf://org/sql-lora,--device=cuda"))
 @example((*at(2, "model", "source"), "pvc://models/../../etc/model.gguf"))
 @settings(max_examples=150, deadline=None)
 def test_a_string_stays_a_string(case: tuple[int, Place, str]) -> None:

@@ -31,7 +31,7 @@ def test_what_was_stored_before_an_upgrade_is_read_and_may_be_written_after_it()
         kubectl("apply", "--server-side", f"--filename={ROOT / 'crds'}")
         # The server takes a moment to serve what the present CRD has; then a write is judged by its rules.
         eventually(
-            lambda: kubectl("explain", "ois.spec.profiles", check=False).returncode == 0, "the present CRD served"
+            lambda: kubectl("explain", "ois.spec.adapters", check=False).returncode == 0, "the present CRD served"
         )
         kubectl("label", names.PLURAL, "--all", "upgraded=yes")
         stored = kubectl.get(names.PLURAL)["items"]

@@ -119,15 +119,14 @@ class Model(BaseModel):
 # A list in YAML, a tuple here.
 ListOf = Annotated[tuple[T, ...], Strict(strict=False)]
 
-_DNS_LABEL: Final = "[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
-DNS_SUBDOMAIN: Final = rf"{_DNS_LABEL}(?:[.]{_DNS_LABEL})*"
+DNS_SUBDOMAIN: Final = "[a-z0-9]+(?:(?:-+|[.])[a-z0-9]+)*"
 _LABEL_NAME: Final = "[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY: Final = rf"(?:{DNS_SUBDOMAIN}/)?{_LABEL_NAME}"
 
 ObjectName = Annotated[
     str,
     Field(min_length=1, max_length=253),
-    matches(DNS_SUBDOMAIN, "must be the name of an object: lower-case letters, digits, '-' and '.', such as my-object"),
+    matches(DNS_SUBDOMAIN, "must be an object's name: lower-case letters, digits, '-' and '.', such as my-object"),
 ]
 DataKey = Annotated[
     str,

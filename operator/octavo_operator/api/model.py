@@ -29,11 +29,7 @@ class TokenSecret(Model):
 class CredentialsSecret(Model):
     """A Secret of this namespace with the credentials of a bucket or a registry."""
 
-    name: ObjectName = Field(
-        description="The Secret's name. For s3:// its keys are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where one "
-        "is needed, AWS_SESSION_TOKEN; region and endpoint go into pod.env. For oci:// and ollama:// it is of the type "
-        "kubernetes.io/dockerconfigjson, as `kubectl create secret docker-registry` makes it."
-    )
+    name: ObjectName = Field(description="The Secret's name.")
 
 
 class CacheSpec(Model):
@@ -80,21 +76,33 @@ class CacheSpec(Model):
         return self.size is not None and self.access_mode != "ReadWriteMany"
 
 
+# Of what has a source.
+SECRET_RULES: Final = (
+    Rule(
+        cel="!has(self.tokenSecret) || self.source.startsWith('hf://')",
+        holds=lambda it: it.token_secret is None or it.source.startswith("hf://"),
+        message="tokenSecret is a token for Hugging Face: leave it out, or use an hf:// source",
+    ),
+    Rule(
+        cel="!has(self.credentialsSecret) || self.source.matches('^(?:s3|oci|ollama)://')",
+        holds=lambda it: it.credentials_secret is None or it.source.startswith(("s3://", "oci://", "ollama://")),
+        message="credentialsSecret is for s3://, oci:// and ollama:// sources: leave it out; the token for an "
+        "hf:// source goes into tokenSecret",
+    ),
+)
+# Of what has a name beside the model's own.
+NOT_LATEST: Final = Rule(
+    cel="!self.name.endsWith(':latest')",
+    holds=lambda it: not it.name.endswith(":latest"),
+    message="name must not end in :latest, which clients may add to any name: leave it out",
+)
+
+
 class ModelSpec(Model):
     """Which model to serve."""
 
     rules: ClassVar = (
-        Rule(
-            cel="!has(self.tokenSecret) || self.source.startsWith('hf://')",
-            holds=lambda it: it.token_secret is None or it.source.startswith("hf://"),
-            message="tokenSecret is a token for Hugging Face: leave it out, or use an hf:// source",
-        ),
-        Rule(
-            cel="!has(self.credentialsSecret) || self.source.matches('^(?:s3|oci|ollama)://')",
-            holds=lambda it: it.credentials_secret is None or it.source.startswith(("s3://", "oci://", "ollama://")),
-            message="credentialsSecret is for s3://, oci:// and ollama:// sources: leave it out; the token for an "
-            "hf:// source goes into tokenSecret",
-        ),
+        *SECRET_RULES,
         Rule(
             cel="!has(self.cache) || !self.source.startsWith('pvc://')",
             holds=lambda it: it.cache is None or not it.source.startswith("pvc://"),
@@ -116,7 +124,11 @@ class ModelSpec(Model):
         default=None, description="The token with which the model is pulled from Hugging Face, if it wants one."
     )
     credentials_secret: CredentialsSecret | None = Field(
-        default=None, description="What a bucket or a registry wants before it gives the model, if anything."
+        default=None,
+        description="A Secret with what a bucket or a registry wants. For s3:// its keys are AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY and, where one is needed, AWS_SESSION_TOKEN; region and endpoint go into pod.env. For "
+        "oci:// and ollama:// its type is kubernetes.io/dockerconfigjson, as `kubectl create secret docker-registry` "
+        "makes it.",
     )
     cache: CacheSpec | None = Field(
         default=None,

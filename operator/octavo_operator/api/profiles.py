@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from octavo_operator.api.base import ListOf, Model, Rule, int_to_text
-from octavo_operator.api.model import ServedName
+from octavo_operator.api.model import NOT_LATEST, ServedName
 
 _NUMBER: Final = "-?[0-9]{1,9}(?:[.][0-9]{1,9})?"
 _THREE_QUOTES: Final = '(?m)"""[ \\t\\r]*$'
@@ -99,13 +99,7 @@ class Message(Model):
 class Profile(Model):
     """A further name of the model, with a system message, parameters and messages of its own."""
 
-    rules: ClassVar = (
-        Rule(
-            cel="!self.name.endsWith(':latest')",
-            holds=lambda it: not it.name.endswith(":latest"),
-            message="name must not end in :latest, which clients may add to any name: leave it out",
-        ),
-    )
+    rules: ClassVar = (NOT_LATEST,)
 
     name: ServedName = Field(description="The name by which clients ask for it.")
     system: Annotated[str, Field(min_length=1, max_length=16384), _QUOTABLE] | None = Field(

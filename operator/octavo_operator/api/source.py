@@ -1,4 +1,4 @@
-"""Where a model is: the grammar of spec.model.source.
+"""Where a model is, or an adapter: the grammar of spec.model.source.
 
     pvc://CLAIM/PATH/FILE.gguf, pvc://CLAIM/[PATH/]     a PersistentVolumeClaim of the same namespace, mounted read-only
     hf://ORG/REPO[@REVISION][:WHAT]                     Hugging Face; WHAT: FILE.gguf, a quantisation, or patterns
@@ -7,8 +7,10 @@
     oci://HOST[:PORT]/REPOSITORY[:TAG|@sha256:DIGEST]   an OCI artifact or image
     ollama://[HOST[:PORT]/][NAMESPACE/]MODEL[:TAG]      a registry that speaks Ollama's protocol
 
-Used by v1alpha1.py, whose rules these patterns are, and by desired/, which asks what has to be mounted or pulled. The
-engine's `octavo pull` reads the same notation (a test holds the two together).
+LoRA adapters (spec.adapters) have the same, but for Ollama's, which come as part of a model.
+
+Used by model.py and adapters.py, whose rules these patterns are, and by desired/, which asks what has to be mounted or
+pulled. The engine's `octavo pull` reads the same notation (a test holds the two together).
 """
 
 import re
@@ -46,17 +48,20 @@ def _of_scheme(scheme: str, pattern: str, message: str) -> Rule:
     )
 
 
+_NO_DOT_SEGMENT: Final = Rule(
+    cel=f"!self.matches('{_DOT_SEGMENT}')",
+    holds=lambda source: re.search(_DOT_SEGMENT, source) is None,
+    message="must not contain the path segments '.' or '..': name the file by its full path",
+)
+
+# Of spec.model.source.
 SOURCE_RULES: Final = (
     Rule(
         cel=" || ".join(f"self.startsWith('{scheme}')" for scheme in _SCHEMES),
         holds=lambda source: source.startswith(_SCHEMES),
         message=f"must start with {', '.join(_SCHEMES[:-1])} or {_SCHEMES[-1]}, such as pvc://models/model.gguf",
     ),
-    Rule(
-        cel=f"!self.matches('{_DOT_SEGMENT}')",
-        holds=lambda source: re.search(_DOT_SEGMENT, source) is None,
-        message="must not contain the path segments '.' or '..': name the file by its full path",
-    ),
+    _NO_DOT_SEGMENT,
     _of_scheme(
         "pvc://",
         _PVC,
@@ -88,6 +93,16 @@ SOURCE_RULES: Final = (
         "ollama://",
         _OLLAMA,
         "must have the form ollama://[HOST/][NAMESPACE/]MODEL[:TAG], such as ollama://qwen3:0.6b",
+    ),
+)
+
+# Of spec.adapters[].source: one sentence for all schemes, because there the CRD has no room for one each.
+ADAPTER_RULES: Final = (
+    _NO_DOT_SEGMENT,
+    matches(
+        f"{_PVC}|{_HF}|{_WEB}|{_S3}|{_OCI}",
+        "must have the form hf://ORG/REPO[@REVISION][:FILE.gguf], pvc://CLAIM/FOLDER/, s3://BUCKET/PREFIX/ (or a "
+        "FILE.gguf there), https://HOST/PATH/FILE.gguf (or http://), or oci://HOST/REPOSITORY[:TAG|@DIGEST]",
     ),
 )
 

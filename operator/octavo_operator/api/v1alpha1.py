@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, model_validator
 
 from octavo_operator import names
+from octavo_operator.api.adapters import Adapters
 from octavo_operator.api.autoscaling import AutoscalingSpec
 from octavo_operator.api.base import (
     DataKey,
@@ -41,6 +42,7 @@ OWNED_FLAGS: Final = (
     "--dtype",
     "--gpu-memory-utilization",
     "--host",
+    "--lora-modules",
     "--max-model-len",
     "--max-num-seqs",
     "--port",
@@ -261,10 +263,20 @@ class InferenceServiceSpec(Model):
             message=f"accelerator.product sets {names.GPU_PRODUCT_LABEL}: remove it from pod.nodeSelector",
         ),
         Rule(
-            cel="!has(self.model.credentialsSecret) || !has(self.pod) || !has(self.pod.env) || "
+            cel="!has(self.pod) || !has(self.pod.env) || !(has(self.model.credentialsSecret) || "
+            "has(self.adapters) && self.adapters.exists(one, has(one.credentialsSecret))) || "
             f"self.pod.env.all(one, !(one.name in {cel_list(AWS_KEYS)}))",
-            holds=lambda it: it.model.credentials_secret is None or all(one.name not in AWS_KEYS for one in it.pod.env),
-            message=f"model.credentialsSecret sets {', '.join(AWS_KEYS)}: remove them from pod.env",
+            holds=lambda it: (
+                all(one.credentials_secret is None for one in (it.model, *it.adapters))
+                or all(one.name not in AWS_KEYS for one in it.pod.env)
+            ),
+            message=f"credentialsSecret sets {', '.join(AWS_KEYS)}: remove them from pod.env",
+        ),
+        Rule(
+            cel="!has(self.adapters) || size(self.adapters) == 0 || !has(self.accelerator.count) || "
+            "self.accelerator.count == 1",
+            holds=lambda it: not it.adapters or it.accelerator.tensor_parallel_size == 1,
+            message="adapters are not split over GPUs: set accelerator.count to 1, or remove adapters",
         ),
     )
 
@@ -282,9 +294,14 @@ class InferenceServiceSpec(Model):
     engine: EngineSpec = Field(default=EngineSpec(), description="How the engine runs the model.")
     profiles: Profiles = Field(
         default=(),
-        description="More names under which the same weights are served, each with a system message, parameters and "
-        "messages of its own, as a Modelfile has them. A change takes effect in about a minute and replaces no pod, "
-        "but for the first profile that comes and the last one that goes.",
+        description="More names for the same weights, each with a system message, parameters and messages of its own, "
+        "as in a Modelfile. A change takes effect in about a minute; only the first one that comes and the last one "
+        "that goes replace pods.",
+    )
+    adapters: Adapters = Field(
+        default=(),
+        description="LoRA adapters, each served beside the model under a name of its own. A change replaces the pods. "
+        "For ranks above 16 add --max-lora-rank=N to engine.extraArgs.",
     )
     endpoint: EndpointSpec = Field(default=EndpointSpec(), description="How clients reach the model.")
     rollout: RolloutSpec = Field(default=RolloutSpec(), description="How pods are replaced.")
@@ -344,6 +361,17 @@ class InferenceService(Model):
             holds=lambda it: all(one.name != it.served_model_name for one in it.spec.profiles),
             message="spec.profiles must not have the name of the model itself (spec.model.name, else metadata.name): "
             "give that profile another name",
+        ),
+        Rule(
+            cel="!has(self.spec.adapters) || self.spec.adapters.all(one, "
+            "one.name != (has(self.spec.model.name) ? self.spec.model.name : self.metadata.name) && "
+            "!(has(self.spec.profiles) && self.spec.profiles.exists(other, other.name == one.name)))",
+            holds=lambda it: (
+                not {one.name for one in it.spec.adapters}
+                & {it.served_model_name, *(one.name for one in it.spec.profiles)}
+            ),
+            message="spec.adapters must not have the name of the model itself (spec.model.name, else metadata.name) or "
+            "of a profile: give that adapter another name",
         ),
     )
 

@@ -1,31 +1,23 @@
 """The Deployment that runs the engine.
 
 Called by desired.children; pure. Here the resource becomes the engine's command line: everything that a user wrote is
-passed as `--flag=value`, so that no value can be read as another flag.
+passed as `--flag=value`, so that no value can be read as another flag. What it loads is settled in weights.py.
 """
 
-import hashlib
-import re
-from dataclasses import dataclass
 from typing import Final
 
 from octavo_operator import names
-from octavo_operator.api import source
-from octavo_operator.api.model import AWS_KEYS, ModelSpec
 from octavo_operator.api.v1alpha1 import InferenceService, KeySecret
+from octavo_operator.desired import weights
+from octavo_operator.desired.containers import TERMINATION_LOG, container, environment, resources
 from octavo_operator.desired.metadata import Manifest, object_meta
 from octavo_operator.desired.profiles import FILE_NAME as PROFILES_FILE
+from octavo_operator.desired.weights import Weights
 
-MODEL_DIR: Final = "/models"
-PULLED_FILE: Final = "model.gguf"
-PULLED_MODEL: Final = "model"  # of what may be a file or a folder
 PROFILES_DIR: Final = "/etc/octavo/profiles"
 API_KEY_DIR: Final = "/etc/octavo/api-keys"
 API_KEY_FILE: Final = "keys"
-TMP_DIR: Final = "/tmp"  # noqa: S108 - a path in the container, where it is a volume of its own
-DOCKER_CONFIG_DIR: Final = f"{TMP_DIR}/.docker"  # in the home of the image's user
-SHM_DIR: Final = "/dev/shm"  # noqa: S108 - the same
-TERMINATION_LOG: Final = "/dev/termination-log"
+SHM_DIR: Final = "/dev/shm"  # noqa: S108 - a path in the container, where it is a volume of its own
 
 USER_ID: Final = 65532  # the "nonroot" of distroless images; numeric, so that runAsNonRoot can be checked
 PRE_STOP_SECONDS: Final = 5  # a pod that is to end serves on while the endpoints forget it
@@ -35,25 +27,6 @@ STARTUP_BUDGET_SECONDS: Final = 300  # until the server answers; it answers long
 PROGRESS_DEADLINE_SECONDS: Final = 1800  # what pulls or loads is not held to it: status.py
 OLD_REPLICA_SETS: Final = 3
 SHM_GIB_PER_GPU: Final = 1  # where ranks exchange through memory; a bound, so that a leak there does not eat the node
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """Where the engine finds the model, and what the pod needs for that."""
-
-    path: str  # in the engine's container
-    volume: Manifest  # mounted at MODEL_DIR
-    init_containers: tuple[Manifest, ...] = ()
-    more_volumes: tuple[Manifest, ...] = ()  # of the init containers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Credentials:
-    """What the container that pulls gets of Secrets: the kubelet reads them, nobody else."""
-
-    env: tuple[Manifest, ...] = ()
-    volumes: tuple[Manifest, ...] = ()
-    mounts: tuple[Manifest, ...] = ()
 
 
 def build(
@@ -92,11 +65,11 @@ def build(
 
 def _pod_template(service: InferenceService, image: str) -> Manifest:
     spec, pod = service.spec, service.spec.pod
-    model = _model(service, image)
+    loaded = weights.build(service, image)
     metadata: Manifest = {"labels": {**pod.labels, **names.labels(service.name)}}
     if pod.annotations:
         metadata["annotations"] = dict(pod.annotations)
-    volumes: list[Manifest] = [{"name": "model", **model.volume}, {"name": "tmp", "emptyDir": {}}, *model.more_volumes]
+    volumes = list(loaded.volumes)
     if spec.endpoint.api_key_secret is not None:
         volumes.append(_key_volume(spec.endpoint.api_key_secret))
     if spec.profiles:
@@ -117,8 +90,8 @@ def _pod_template(service: InferenceService, image: str) -> Manifest:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         **_placement(service),
-        **({"initContainers": list(model.init_containers)} if model.init_containers else {}),
-        "containers": [_engine_container(service, image, model.path)],
+        **({"initContainers": list(loaded.init_containers)} if loaded.init_containers else {}),
+        "containers": [_engine_container(service, image, loaded)],
         "volumes": volumes,
     }
     return {"metadata": metadata, "spec": pod_spec}
@@ -148,81 +121,13 @@ def _placement(service: InferenceService) -> Manifest:
     return {key: value for key, value in placement.items() if value}
 
 
-def _model(service: InferenceService, image: str) -> _Model:
-    match source.parse(service.spec.model.source):
-        case source.ClaimPath(claim, path):
-            volume = {"persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
-            return _Model(f"{MODEL_DIR}/{path}".rstrip("/"), volume)
-        case source.Remote(url) as remote:
-            cache, credentials = service.spec.model.cache, _credentials(service.spec.model, remote)
-            # Several models may come to be in one cache, one after the other or of services that share it.
-            folder = MODEL_DIR if cache is None else f"{MODEL_DIR}/{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-            path = f"{folder}/{_pulled_name(url)}"
-            # Its /ready says how far it is, on the port that the engine has after it.
-            args = ["pull", url, f"--output={path}", "--host=0.0.0.0", f"--port={names.HTTP_PORT}"]
-            pull = {
-                **_container(names.PULL_CONTAINER, image, [*args, f"--termination-log={TERMINATION_LOG}"]),
-                **_environment(service, *credentials.env),
-                "resources": _resources(service, gpus=False),
-                "volumeMounts": [
-                    {"name": "model", "mountPath": MODEL_DIR},
-                    {"name": "tmp", "mountPath": TMP_DIR},
-                    *credentials.mounts,
-                ],
-            }
-            volume = {"emptyDir": {}}
-            if cache is not None:
-                volume = {"persistentVolumeClaim": {"claimName": cache.claim_name or names.volume_claim(service.name)}}
-            return _Model(path, volume, (pull,), credentials.volumes)
-
-
-def _pulled_name(url: str) -> str:
-    """What the model is called once it is pulled: a part of a split one by its own name, which tells of the others."""
-    if not url.endswith(".gguf"):
-        return PULLED_MODEL
-    part = re.search("[^/:]+-[0-9]{5}-of-[0-9]{5}[.]gguf$", url)
-    return PULLED_FILE if part is None else part[0]
-
-
-def _credentials(model: ModelSpec, remote: source.Remote) -> _Credentials:
-    if (token := model.token_secret) is not None:
-        return _Credentials(env=(_from_secret("HF_TOKEN", token.name, token.key),))
-    if (secret := model.credentials_secret) is None:
-        return _Credentials()
-    if remote.scheme == "s3":
-        optional = {"AWS_SESSION_TOKEN"}
-        return _Credentials(
-            env=tuple(_from_secret(key, secret.name, key, optional=key in optional) for key in AWS_KEYS)
-        )
-    items = [{"key": ".dockerconfigjson", "path": "config.json"}]
-    volume = {"secretName": secret.name, "defaultMode": 0o440, "items": items}
-    return _Credentials(
-        volumes=({"name": names.CREDENTIALS_VOLUME, "secret": volume},),
-        mounts=({"name": names.CREDENTIALS_VOLUME, "mountPath": DOCKER_CONFIG_DIR, "readOnly": True},),
-    )
-
-
 def _key_volume(secret: KeySecret) -> Manifest:
     items = [{"key": secret.key, "path": API_KEY_FILE}]
     return {"name": "api-keys", "secret": {"secretName": secret.name, "defaultMode": 0o440, "items": items}}
 
 
-def _environment(service: InferenceService, *more: Manifest) -> Manifest:
-    """What the user puts into the environment of both containers; credentials are not among it."""
-    env = [*(variable.to_dict() for variable in service.spec.pod.env), *more]
-    return {"env": env} if env else {}
-
-
-def _from_secret(variable: str, secret: str, key: str, *, optional: bool = False) -> Manifest:
-    reference: Manifest = {"name": secret, "key": key, **({"optional": True} if optional else {})}
-    return {"name": variable, "valueFrom": {"secretKeyRef": reference}}
-
-
-def _engine_container(service: InferenceService, image: str, model_path: str) -> Manifest:
-    mounts: list[Manifest] = [
-        {"name": "model", "mountPath": MODEL_DIR, "readOnly": True},
-        {"name": "tmp", "mountPath": TMP_DIR},
-    ]
+def _engine_container(service: InferenceService, image: str, loaded: Weights) -> Manifest:
+    mounts = list(loaded.mounts)
     if service.spec.endpoint.api_key_secret is not None:
         mounts.append({"name": "api-keys", "mountPath": API_KEY_DIR, "readOnly": True})
     if service.spec.profiles:  # the whole folder: the kubelet never renews a file that is mounted by itself
@@ -230,10 +135,10 @@ def _engine_container(service: InferenceService, image: str, model_path: str) ->
     if service.spec.accelerator.tensor_parallel_size > 1:
         mounts.append({"name": "shm", "mountPath": SHM_DIR})
     return {
-        **_container(names.ENGINE_CONTAINER, image, _serve_args(service, model_path)),
-        **_environment(service),
+        **container(names.ENGINE_CONTAINER, image, _serve_args(service, loaded)),
+        **environment(service),
         "ports": [{"name": names.HTTP_PORT_NAME, "containerPort": names.HTTP_PORT, "protocol": "TCP"}],
-        "resources": _resources(service, gpus=True),
+        "resources": resources(service, gpus=True),
         # Not /ready: a load takes as long as it takes, and /health tells one that goes on from one that is stuck.
         "startupProbe": _probe(
             "/health", period=STARTUP_PERIOD_SECONDS, failures=STARTUP_BUDGET_SECONDS // STARTUP_PERIOD_SECONDS
@@ -245,24 +150,7 @@ def _engine_container(service: InferenceService, image: str, model_path: str) ->
     }
 
 
-def _container(name: str, image: str, args: list[str]) -> Manifest:
-    """What engine and pull have in common; both are the image's entry point, `octavo`."""
-    return {
-        "name": name,
-        "image": image,
-        "imagePullPolicy": "IfNotPresent",
-        "args": args,
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "terminationMessagePath": TERMINATION_LOG,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-    }
-
-
-def _serve_args(service: InferenceService, model_path: str) -> list[str]:
+def _serve_args(service: InferenceService, loaded: Weights) -> list[str]:
     spec = service.spec
     keys = f"{API_KEY_DIR}/{API_KEY_FILE}" if spec.endpoint.api_key_secret is not None else None
     optional = {
@@ -273,9 +161,11 @@ def _serve_args(service: InferenceService, model_path: str) -> list[str]:
         "--api-key-file": keys,
         "--profiles": f"{PROFILES_DIR}/{PROFILES_FILE}" if spec.profiles else None,
     }
+    # One flag with several values: what is served cannot be taken for another flag, and no value is the last argument.
+    adapters = [f"{name}={path}" for name, path in loaded.adapters.items()]
     return [
         "serve",
-        model_path,
+        loaded.model,
         "--host=0.0.0.0",
         f"--port={names.HTTP_PORT}",
         f"--served-model-name={service.served_model_name}",
@@ -283,19 +173,11 @@ def _serve_args(service: InferenceService, model_path: str) -> list[str]:
         f"--tensor-parallel-size={spec.accelerator.tensor_parallel_size}",
         f"--dtype={spec.engine.dtype}",
         *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
+        *(("--enable-lora", "--lora-modules", *adapters) if adapters else ()),
         f"--shutdown-timeout={spec.rollout.drain_seconds}",
         f"--termination-log={TERMINATION_LOG}",
         *spec.engine.extra_args,
     ]
-
-
-def _resources(service: InferenceService, *, gpus: bool) -> Manifest:
-    accelerator, resources = service.spec.accelerator, service.spec.resources
-    limits = resources.limits.to_dict()
-    if gpus and accelerator.count is not None:
-        limits[names.GPU_RESOURCE] = str(accelerator.count)
-    parts = {"requests": resources.requests.to_dict(), "limits": limits}
-    return {key: value for key, value in parts.items() if value}
 
 
 def _probe(path: str, *, period: int, failures: int) -> Manifest:
