@@ -150,6 +150,26 @@ async def test_web_pages_of_other_origins_may_not_call_unless_they_are_named(mak
         assert "Access-Control-Allow-Origin" not in other.headers
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize", "/api/chat", "/api/create"])
+async def test_a_body_is_json_whatever_curl_calls_it_and_a_web_page_may_not_call_it_what_browsers_send_unasked(
+    unstarted: httpx.AsyncClient, path: str
+) -> None:
+    page = {"Origin": "https://a.example"}
+    for called in (
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "",
+    ):
+        headers = {"Content-Type": called} if called else {}
+        sent = await unstarted.post(path, content=b"[", headers=headers)
+        assert (sent.status_code, "not valid JSON" in sent.text) == (400, True), sent.text
+        refused = await unstarted.post(path, content=b"[", headers=headers | page)
+        assert (refused.status_code, "Content-Type: application/json" in refused.text) == (415, True), refused.text
+    asked = await unstarted.post(path, content=b"[", headers=page | {"Content-Type": "application/json"})
+    assert asked.status_code == 400
+
+
 def write_certificate(folder: Path, name: str) -> Path:
     """A key and its own certificate in one PEM file."""
     key = ec.generate_private_key(ec.SECP256R1())

@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
 from octavo_engine.generation import LanguageModel
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
 from octavo_engine.server.front import Session
-from octavo_engine.server.ollama.content_type import AnyContentType
 from octavo_engine.server.ollama.protocol import EmbeddingsRequest, EmbedRequest
 from octavo_engine.server.openai.embeddings import embed_all
 

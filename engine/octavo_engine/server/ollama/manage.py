@@ -21,10 +21,10 @@ from starlette.requests import ClientDisconnect, Request
 from octavo_engine.errors import OctavoError, RequestInvalid, UserError
 from octavo_engine.models.adapter import read_adapter
 from octavo_engine.planning import read_model
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import CurrentService
 from octavo_engine.server.envelope import describe as describe_error
 from octavo_engine.server.ollama.answers import line
-from octavo_engine.server.ollama.content_type import AnyContentType
 from octavo_engine.server.ollama.describe import describe
 from octavo_engine.server.ollama.protocol import CopyRequest, CreateRequest, ModelRequest, TransferRequest
 from octavo_engine.server.shelf import Shelf

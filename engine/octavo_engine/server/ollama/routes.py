@@ -16,11 +16,11 @@ from starlette.requests import Request
 from octavo_engine.errors import ModelfileInvalid, RequestInvalid, UserError
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.modelfile import Modelfile
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
 from octavo_engine.server.front import Served, Session
 from octavo_engine.server.ollama.answers import Answer, as_message, as_response, told
-from octavo_engine.server.ollama.content_type import AnyContentType
 from octavo_engine.server.ollama.describe import capabilities, describe, model_info
 from octavo_engine.server.ollama.protocol import ChatRequest, GenerateRequest, ShowRequest
 from octavo_engine.store.local import Location

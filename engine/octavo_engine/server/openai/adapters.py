@@ -10,9 +10,10 @@ from pydantic import Field
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.server.adapters import Adapters
 from octavo_engine.server.body import Strict, Text
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import CurrentService
 
-router = APIRouter(prefix="/v1", tags=["openai"], default_response_class=PlainTextResponse)
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=AnyContentType, default_response_class=PlainTextResponse)
 
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
 

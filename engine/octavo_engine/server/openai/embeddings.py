@@ -17,12 +17,13 @@ from starlette.requests import Request
 
 from octavo_engine.generation import LanguageModel
 from octavo_engine.server.body import Neutral, Strict, describing, of_kind, only, without_neutral
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
 from octavo_engine.server.front import Session
 from octavo_engine.server.openai.protocol import Prompts
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=AnyContentType)
 
 NEUTRAL_FIELDS: Final[Mapping[str, Neutral]] = {
     "dimensions": only(instead="cut the embedding yourself, if the model was made for that"),

@@ -18,6 +18,7 @@ from starlette.requests import Request
 
 from octavo_engine.answer import TextDelta
 from octavo_engine.errors import OctavoError
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.disconnect import CLIENT_GONE, unless_gone
 from octavo_engine.server.envelope import describe
@@ -25,7 +26,7 @@ from octavo_engine.server.openai.responses_protocol import ResponsesRequest
 from octavo_engine.server.openai.routes import begin_chat
 from octavo_engine.text.message import MessageFormat, Parts
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=AnyContentType)
 
 Event = dict[str, Any]
 Kind = Literal["reasoning", "message"]

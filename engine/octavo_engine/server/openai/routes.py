@@ -15,6 +15,7 @@ from octavo_engine.answer import FinishReason, TextDelta
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.generation import GenerationRequest, LanguageModel
 from octavo_engine.parameters import stop_strings, with_defaults
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import Admission, CurrentService
 from octavo_engine.server.front import Served, Session
 from octavo_engine.server.openai.answers import answer
@@ -22,7 +23,7 @@ from octavo_engine.server.openai.protocol import ChatCompletionRequest, Completi
 from octavo_engine.server.openai.replies import ChatReply, CompletionReply
 from octavo_engine.text.message import MessageFormat
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=AnyContentType)
 
 _STARTED: Final = int(time.time())
 

@@ -8,10 +8,11 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from octavo_engine.errors import RequestInvalid
 from octavo_engine.server.body import Strict, Text
+from octavo_engine.server.content_type import AnyContentType
 from octavo_engine.server.dependencies import CurrentFront, CurrentService
 from octavo_engine.server.openai.protocol import ChatMessage, is_token_ids
 
-router = APIRouter(tags=["vllm"])
+router = APIRouter(tags=["vllm"], route_class=AnyContentType)
 
 
 class TokenizeRequest(Strict):
