@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from octavo_engine import logs
-from octavo_engine.argument_values import api_keys_of_environment
+from octavo_engine.argument_values import API_KEY_VARIABLE, api_keys_of_environment
 from octavo_engine.arguments import build_parser
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.errors import (
@@ -27,6 +27,7 @@ from octavo_engine.errors import (
     EngineDead,
     ModelfileInvalid,
     ModelNotFound,
+    SourceForbidden,
     SourceUnreachable,
     UserError,
 )
@@ -241,7 +242,10 @@ def _show(options: argparse.Namespace) -> None:
 def _cp(options: argparse.Namespace) -> None:
     from octavo_engine.store import derived
 
-    derived.save(options.destination, _locate(options.model, None).own_modelfile(), _store())
+    location = _locate(options.model, None)
+    if location.is_missing:
+        raise ModelNotFound(f"{options.model} is not in the local store; `octavo list` shows what is")
+    derived.save(options.destination, location.own_modelfile(), _store())
     print(f"copied {options.model} to {options.destination}")
 
 
@@ -270,14 +274,15 @@ def _rm(options: argparse.Namespace) -> None:
 def _ps(options: argparse.Namespace) -> None:
     import httpx
 
+    keys = [options.api_key] if options.api_key is not None else api_keys_of_environment(os.environ)
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        keys = [options.api_key] if options.api_key is not None else api_keys_of_environment(os.environ)
-        headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         answer = httpx.get(f"{options.url.rstrip('/')}/api/ps", headers=headers)
-        answer.raise_for_status()
-        models = answer.json()["models"]
+        models = None if answer.status_code == 401 else answer.raise_for_status().json()["models"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
         raise SourceUnreachable(f"--url {options.url}: {error}; `octavo serve` starts a server") from error
+    if models is None:
+        raise SourceForbidden(f"--url {options.url} wants a key: give --api-key, or {API_KEY_VARIABLE}")
     width = max([len("NAME"), *(len(model["name"]) for model in models)])
     print(f"{'NAME':{width}}  {'SIZE':>9}  {'CONTEXT':>9}  UNTIL")
     for model in models:

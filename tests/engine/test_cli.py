@@ -462,6 +462,40 @@ def test_what_a_server_has_loaded_is_asked_of_it(capsys: pytest.CaptureFixture[s
     assert "`octavo serve` starts a server" in capsys.readouterr().err
 
 
+def test_what_is_not_there_cannot_be_copied(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("cp", "smollm2", "mine") == 1
+    assert "smollm2 is not in the local store" in capsys.readouterr().err
+    assert not (home / "modelfiles").exists()
+
+
+@pytest.mark.parametrize("key", [None, "right"])
+def test_a_server_that_wants_a_key_is_told_one_or_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str | None
+) -> None:
+    class Server(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_arguments: object) -> None:
+            """Be silent."""
+
+        def do_GET(self) -> None:
+            """Answer."""
+            self.send_response(200 if self.headers.get("Authorization") == "Bearer right" else 401)
+            self.end_headers()
+            self.wfile.write(b'{"models": []}')
+
+    if key is None:
+        monkeypatch.delenv("OCTAVO_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("OCTAVO_API_KEY", key)
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        status = status_of("ps", "--url", f"http://127.0.0.1:{server.server_port}")
+        thread.join()
+    told = capsys.readouterr()
+    assert status == (0 if key else 1)
+    assert "NAME" in told.out if key else told.err.endswith("wants a key: give --api-key, or OCTAVO_API_KEY\n")
+
+
 def run_for_output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a command prints."""
     capsys.readouterr()
