@@ -32,7 +32,7 @@ NAMESPACE: Final = "octavo-system"
 
 FILES: Final = {
     INSTALL / "crd.yaml": ("CustomResourceDefinition",),
-    INSTALL / "rbac.yaml": ("ServiceAccount", "ClusterRole", "ClusterRoleBinding"),
+    INSTALL / "rbac.yaml": ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"),
     INSTALL / "deployment.yaml": ("Service", "Deployment"),
     MONITORING / "podmonitor.yaml": ("PodMonitor",),
     MONITORING / "alerts.yaml": ("PrometheusRule",),

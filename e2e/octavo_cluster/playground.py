@@ -48,12 +48,17 @@ Json = dict[str, Any]
 
 
 class OperatorProcess:
-    """`python -m octavo_operator` in a `with` block, which checks that it ends well."""
+    """`python -m octavo_operator` in a `with` block, which checks that it ends well.
 
-    def __init__(self, kubeconfig: Path, log: Path, *arguments: str) -> None:
+    `number` tells apart those that run at the same time.
+    """
+
+    def __init__(self, kubeconfig: Path, log: Path, *arguments: str, number: int = 0) -> None:
+        self.health = f"http://127.0.0.1:{HEALTH_PORT + number}/healthz"
+        self.metrics = f"http://127.0.0.1:{METRICS_PORT + number}/metrics"
         self._command = [
-            *(sys.executable, "-m", "octavo_operator", f"--engine-image={ENGINE_IMAGE}"),
-            *(f"--health-port={HEALTH_PORT}", f"--metrics-port={METRICS_PORT}", "--log-level=debug", *arguments),
+            *(sys.executable, "-m", "octavo_operator", f"--engine-image={ENGINE_IMAGE}", "--log-level=debug"),
+            *(f"--health-port={HEALTH_PORT + number}", f"--metrics-port={METRICS_PORT + number}", *arguments),
         ]
         self._environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONWARNINGS": "default"}
         self.log = log
@@ -66,6 +71,16 @@ class OperatorProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.stop()
+
+    def kill(self) -> None:
+        """Let it end in the middle of what it does."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Let it end as the kubelet would, and see that it does so well."""
         self.process.terminate()
         try:
             status = self.process.wait(PATIENCE)
@@ -80,7 +95,7 @@ class OperatorProcess:
     def metric(self, sample: str) -> float:
         """A sample of /metrics by its name and labels; 0 while there is none."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics", timeout=5) as answer:
+            with urllib.request.urlopen(self.metrics, timeout=5) as answer:  # noqa: S310 - ours
                 lines = answer.read().decode().splitlines()
         except OSError:
             return 0.0
@@ -118,11 +133,11 @@ class Playground:
     def _path(self, kind: str, name: str) -> str:
         return f"{PATHS[kind].format(self.namespace)}/{name}"
 
-    def operator(self, *arguments: str, kubeconfig: Path | None = None) -> OperatorProcess:
+    def operator(self, *arguments: str, kubeconfig: Path | None = None, number: int = 0) -> OperatorProcess:
         """An operator for this namespace, to be entered with `with`."""
         log = self.folder / f"operator-{len(self._started)}.log"
         scope = arguments or (f"--namespace={self.namespace}",)
-        process = OperatorProcess(kubeconfig or self.kubeconfig, log, *scope)
+        process = OperatorProcess(kubeconfig or self.kubeconfig, log, *scope, number=number)
         self._started.append(process)
         return process
 
@@ -205,13 +220,13 @@ class Playground:
             self._http.post(PATHS["pod"].format(self.namespace), json=document).raise_for_status()
         self.patch("pod", {"status": status}, pod, subresource="status")
 
-    def audit(self) -> list[Json]:
+    def audit(self, user: str = USER) -> list[Json]:
         """What the operator has written in this namespace so far: audit.k8s.io/v1 Events."""
         lines = [json.loads(line) for line in self.server.audit_log.read_text().splitlines()]
         return [
             line
             for line in lines
-            if line["user"]["username"] == USER and line["objectRef"].get("namespace") == self.namespace
+            if line["user"]["username"] == user and line["objectRef"].get("namespace") == self.namespace
         ]
 
 
@@ -224,6 +239,12 @@ def eventually(
 
 def http_client(kubeconfig: Path, folder: Path) -> httpx.Client:
     """A plain client of the API server; `folder` gets the certificates, which have to be files."""
+    server, context = tls(kubeconfig, folder)
+    return httpx.Client(base_url=server, verify=context, trust_env=False, timeout=30)
+
+
+def tls(kubeconfig: Path, folder: Path) -> tuple[str, ssl.SSLContext]:
+    """Where a kubeconfig's API server is, and what a client of it presents and trusts."""
     document = yaml.safe_load(kubeconfig.read_text())
     user, cluster = document["users"][0]["user"], document["clusters"][0]["cluster"]
     parts = {
@@ -236,4 +257,4 @@ def http_client(kubeconfig: Path, folder: Path) -> httpx.Client:
         (folder / part).write_bytes(base64.b64decode(data))
     context = ssl.create_default_context(cafile=folder / "ca")
     context.load_cert_chain(folder / "certificate", folder / "key")
-    return httpx.Client(base_url=cluster["server"], verify=context, trust_env=False)
+    return cluster["server"], context

@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import socket
+import uuid
 
 import kopf
 import prometheus_client
 
 from octavo_operator import __version__, handlers
+from octavo_operator.election import Election
 from octavo_operator.errors import ApiError
 from octavo_operator.kube import Kube, load_configuration
 from octavo_operator.reconcile import Reconciler
@@ -29,7 +32,9 @@ async def _run(settings: Settings) -> None:
     where = ", ".join(settings.namespaces) or "all namespaces"
     _logger.info("Octavo operator %s, serving %s, engine image %s.", __version__, where, settings.engine_image)
     async with Kube(await load_configuration()) as kube:
-        reconciler = Reconciler(kube, settings)
+        me = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"  # in a pod its name, and which of its processes
+        election = None if settings.lease is None else Election(kube, settings.lease, me)
+        reconciler = Reconciler(kube, settings, election)
         prometheus_client.start_http_server(settings.metrics_port)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(reconciler.run())

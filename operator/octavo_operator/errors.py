@@ -2,6 +2,7 @@
 
     OperatorError
     |-- SpecInvalid (ValueError)     an InferenceService cannot be acted on; waits for the object to change
+    |-- NotLeading                   another operator may hold the lease by now; its leader does what is to be done
     `-- ApiError                     the API server did not do what it was asked
         |-- ApiUnavailable           no answer, 429 or 5xx: soon again
         |-- Conflict                 409: someone else wrote first; read anew and go on
@@ -26,6 +27,10 @@ class SpecInvalid(OperatorError, ValueError):
     """An InferenceService, or a file that should hold one, cannot be acted on; the message names what to change."""
 
     first_delay = None
+
+
+class NotLeading(OperatorError):
+    """A write was not sent, because another operator may hold the lease by now."""
 
 
 class ApiError(OperatorError):

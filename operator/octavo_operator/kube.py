@@ -1,36 +1,42 @@
 """The one client of the API server: JSON in, JSON out, errors of errors.py.
 
-Used by cache.py (list, watch), reconcile.py (get, apply, delete) and events.py (create). Login, TLS and proxies come
-from the `kubernetes` distribution's asyncio half; its typed models are left alone, because they would triple the
-operator's memory and know nothing that we need. Knows nothing of what is in the objects.
+Used by cache.py (list, watch), reconcile.py (get, apply, delete), events.py (create) and election.py (leases). Login,
+TLS and proxies come from the `kubernetes` distribution's asyncio half; its typed models are left alone, because they
+would triple the operator's memory and know nothing that we need. Knows nothing of what is in the objects.
 
 Writes are server-side apply (https://kubernetes.io/docs/reference/using-api/server-side-apply/): the operator owns the
-fields it sends, and no others. All writes together are kept under a rate, so that no fault of ours floods the server.
+fields it sends, and no others. All writes pass `_write`: together they are kept under a rate, so that no fault of ours
+floods the server, and none is sent after `write_until`, so that an operator that has lost its lease writes nothing.
 """
 
 import asyncio
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Final, Self
 from urllib.parse import urlencode, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 
 from octavo_operator import metrics, names
-from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, Refused
+from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, NotLeading, Refused
 from octavo_operator.queue import TokenBucket
-from octavo_operator.resources import CHILDREN, EVENT, INFERENCE_SERVICE, Json, Resource
+from octavo_operator.resources import CHILDREN, EVENT, INFERENCE_SERVICE, LEASE, Json, Resource
 
 REQUEST_SECONDS: Final = 15.0  # a request that is no watch
 WATCH_SECONDS: Final = 30  # the server ends a watch after so long: what keeps silent longer is dead ...
 WATCH_GRACE_SECONDS: Final = 10.0  # ... and is cut off by us so much later
+READ_BUFFER: Final = 2**21  # bytes; an event of a watch is one line, as long as its object
 LIST_PAGE: Final = 500  # objects in one answer to a list
 WRITES_PER_SECOND: Final = 100.0
 WRITE_BURST: Final = 200.0
@@ -56,9 +62,6 @@ async def load_configuration() -> Configuration:
             )
     except kubernetes_config.ConfigException as error:
         raise ApiUnavailable(f"no cluster to work in: not in a pod, and KUBECONFIG gives none: {error}") from error
-    configuration.connection_pool_maxsize = 0  # unlimited: every watch keeps a connection
-    # Else every request would read ~/.netrc and look for a proxy, each in a thread: a tenth of the operator's work.
-    configuration.client_session_kwargs = {"trust_env": False}
     if configuration.proxy is None:
         configuration.proxy = proxy_for(configuration.host)
     return configuration
@@ -72,23 +75,51 @@ def proxy_for(url: str) -> str | None:
     return getproxies().get(parts.scheme)
 
 
+class _Body(aiohttp.BytesPayload):
+    """A body that is not sent after a moment of time.monotonic(): and so, as the headers wait for it, nothing is."""
+
+    def __init__(self, body: Json, content_type: str, until: float) -> None:
+        super().__init__(json.dumps(body).encode(), content_type=content_type)
+        self._until = until
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        """Write it if there is time; called when the connection is there, right before the bytes go out."""
+        if time.monotonic() >= self._until:
+            raise NotLeading("too late")
+        await super().write_with_length(writer, content_length)
+
+
 class Kube:
     """A connection to the API server. An asynchronous context manager; safe for any number of tasks of one loop."""
 
     def __init__(self, configuration: Configuration) -> None:
         self._configuration = configuration
-        self._rest = RESTClientObject(configuration)
+        context = RESTClientObject(configuration).ssl_context
+        # Without trust_env: else every request would read ~/.netrc and look for a proxy, each in a thread, which is a
+        # tenth of the operator's work. Without a limit: every watch keeps a connection.
+        connector = aiohttp.TCPConnector(ssl=context, limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, read_bufsize=READ_BUFFER, trust_env=False)
         self._bucket = TokenBucket(rate=WRITES_PER_SECOND, burst=WRITE_BURST, now=time.monotonic())
+        self._heard = ("", 0.0)  # the Date of the last answer, and time.monotonic() at it
+        self.write_until = math.inf  # seconds of time.monotonic(); election.py moves it
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._rest.close()
+        await self._session.close()
 
     def renew(self, configuration: Configuration) -> None:
         """Take over new credentials for the same API server."""
         self._configuration = configuration
+
+    def now(self) -> datetime:
+        """The time on the API server's clock, near which the scheduler's is; the clock of our own node may be wrong."""
+        date, at = self._heard
+        try:
+            return parsedate_to_datetime(date) + timedelta(seconds=time.monotonic() - at)
+        except ValueError:  # there was no answer yet
+            return datetime.now(UTC)
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Json:
         """Read one object as it is now, not from a cache.
@@ -152,7 +183,7 @@ class Kube:
                     yield event["type"], event["object"]
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 raise ApiUnavailable(
-                    f"the watch of {resource.plural} broke: {error or type(error).__name__}"
+                    f"the watch of {resource.plural} broke: {str(error) or type(error).__name__}"
                 ) from error
 
     async def apply(self, manifest: Json, *, manager: str = names.FIELD_MANAGER, force: bool = True) -> Json:
@@ -171,10 +202,9 @@ class Kube:
 
     async def merge(self, resource: Resource, namespace: str, name: str, change: Json) -> Json:
         """Merge a change into an object: maps member by member, lists as a whole (RFC 7386); return what is stored."""
-        await self._count_write("merge", resource)
         query = {"fieldManager": names.FIELD_MANAGER, "fieldValidation": "Strict"}
         path = resource.path(namespace, name)
-        return await self._request("PATCH", path, query=query, body=change, content_type=_MERGE_PATCH)
+        return await self._write("merge", resource, "PATCH", path, query=query, body=change, content_type=_MERGE_PATCH)
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         """Delete the object with this uid; nothing happens if it is gone already.
@@ -183,26 +213,52 @@ class Kube:
             Conflict: The name belongs to another object now.
         """
         options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
-        await self._count_write("delete", resource)
         with contextlib.suppress(NotFound):
-            await self._request("DELETE", resource.path(namespace, name), body=options)
+            await self._write("delete", resource, "DELETE", resource.path(namespace, name), body=options)
 
     async def create(self, resource: Resource, namespace: str, manifest: Json) -> Json:
         """Create an object."""
-        await self._count_write("create", resource)
-        return await self._request("POST", resource.path(namespace), body=manifest)
+        return await self._write("create", resource, "POST", resource.path(namespace), body=manifest)
+
+    async def write_lease(self, lease: Json) -> Json:
+        """Create a Lease, or replace the version of it that is named; neither rate nor `write_until` holds it up.
+
+        Raises:
+            Conflict: Somebody else was first.
+        """
+        namespace, name = lease["metadata"]["namespace"], lease["metadata"]["name"]
+        if "resourceVersion" in lease["metadata"]:
+            return await self._request("PUT", LEASE.path(namespace, name), body=lease)
+        return await self._request("POST", LEASE.path(namespace), body=lease)
 
     async def _apply(self, manifest: Json, *, manager: str, force: bool, subresource: str | None = None) -> Json:
         resource = CHILDREN.get(manifest["kind"], INFERENCE_SERVICE)
         path = resource.path(manifest["metadata"]["namespace"], manifest["metadata"]["name"], subresource)
         query = {"fieldManager": manager, "force": "true" if force else "false", "fieldValidation": "Strict"}
-        await self._count_write("apply-status" if subresource else "apply", resource)
-        return await self._request("PATCH", path, query=query, body=manifest, content_type=_APPLY_PATCH)
+        verb = "apply-status" if subresource else "apply"
+        return await self._write(verb, resource, "PATCH", path, query=query, body=manifest, content_type=_APPLY_PATCH)
 
-    async def _count_write(self, verb: str, resource: Resource) -> None:
-        """Wait until one more write keeps the rate."""
+    async def _write(
+        self,
+        verb: str,
+        resource: Resource,
+        method: str,
+        path: str,
+        *,
+        body: Json,
+        query: dict[str, str] | None = None,
+        content_type: str = _JSON,
+    ) -> Json:
+        """Wait until one more write keeps the rate, and send it.
+
+        Raises:
+            NotLeading: `write_until` is over.
+        """
         await asyncio.sleep(self._bucket.reserve(time.monotonic()))
         metrics.API_WRITES.labels(verb=verb, kind=resource.kind).inc()
+        return await self._request(
+            method, path, query=query, body=body, content_type=content_type, until=self.write_until
+        )
 
     async def _request(
         self,
@@ -212,17 +268,18 @@ class Kube:
         query: dict[str, str] | None = None,
         body: Json | None = None,
         content_type: str = _JSON,
+        until: float = math.inf,
     ) -> Json:
-        """Send a request that is no watch and return the object that answers it."""
+        """Send a request that is no watch and return the object that answers it; after `until` nothing is sent."""
         response = await self._send(
-            method, path, query=query or {}, body=body, content_type=content_type, seconds=REQUEST_SECONDS
+            method, path, query=query or {}, body=body, content_type=content_type, seconds=REQUEST_SECONDS, until=until
         )
         async with response:
             try:
                 await _check(response)
                 answer: Json = await response.json()
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                raise ApiUnavailable(f"{method} {path}: {error or type(error).__name__}") from error
+                raise ApiUnavailable(f"{method} {path}: {str(error) or type(error).__name__}") from error
             return answer
 
     async def _send(
@@ -234,22 +291,34 @@ class Kube:
         seconds: float,
         body: Json | None = None,
         content_type: str = _JSON,
+        until: float = math.inf,
     ) -> aiohttp.ClientResponse:
         url = f"{self._configuration.host}{path}?{urlencode(query)}"
-        headers = {"Content-Type": content_type, "User-Agent": "octavo-operator"}
+        headers = {"User-Agent": "octavo-operator", "Accept": _JSON}
         try:
             # The pod's token is rotated by the kubelet; this reads it anew every minute.
             token = await self._configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
             if token:
                 headers["Authorization"] = token
-            answer = await self._rest.request(  # type: ignore[no-untyped-call] # not typed there
-                method, url, headers=headers, body=body, _request_timeout=aiohttp.ClientTimeout(total=seconds)
+            # Also what is on its way ends in time. aiohttp takes a total of 0 for none at all.
+            total = max(min(seconds, until - time.monotonic()), 0.001)
+            response = await self._session.request(
+                method,
+                url,
+                data=None if body is None else _Body(body, content_type, until),
+                headers=headers,
+                proxy=self._configuration.proxy,
+                proxy_headers=self._configuration.proxy_headers,
+                server_hostname=self._configuration.tls_server_name,
+                timeout=aiohttp.ClientTimeout(total=total),
             )
         except (aiohttp.ClientError, TimeoutError, OSError, kubernetes_config.ConfigException) as error:
+            if time.monotonic() >= until:
+                raise NotLeading(f"{method} {path}: given up, because another operator may lead by now") from error
             metrics.API_REQUESTS.labels(method=method, code=metrics.NO_ANSWER).inc()
-            raise ApiUnavailable(f"{method} {path}: {error or type(error).__name__}") from error
-        response: aiohttp.ClientResponse = answer.response
+            raise ApiUnavailable(f"{method} {path}: {str(error) or type(error).__name__}") from error
         metrics.API_REQUESTS.labels(method=method, code=response.status).inc()
+        self._heard = response.headers.get("Date", ""), time.monotonic()
         return response
 
 

@@ -42,6 +42,7 @@ API_WRITES: Final = Counter("octavo_api_writes", "Writes sent to the API server.
 WATCH_AGE_SECONDS: Final = Gauge(
     "octavo_watch_age_seconds", "Time since a watch last heard from the API server.", ["kind", "namespace"]
 )
+LEADER: Final = Gauge("octavo_leader", "1 while this operator holds the lease and writes, else 0.", ["lease"])
 CACHED_OBJECTS: Final = Gauge("octavo_cached_objects", "Objects held in a cache.", ["kind", "namespace"])
 
 
@@ -61,6 +62,10 @@ class Readiness(Collector):
     def forget(self, namespace: str, name: str) -> None:
         """The service is gone."""
         self._told.pop((namespace, name), None)
+
+    def forget_all(self) -> None:
+        """It is another operator's to tell now."""
+        self._told.clear()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The series; called by the thread that serves /metrics."""

@@ -78,6 +78,13 @@ class Backlog(Generic[K]):
         """Forget the failures of the key."""
         self._failures.pop(key, None)
 
+    def forgive(self, now: float) -> None:
+        """Let what is overdue be due now: there was nobody to work on it."""
+        for key, due in self._due.items():
+            if due < now:
+                self._due[key] = now
+                heapq.heappush(self._heap, (now, next(self._order), key))
+
     def _drop_stale(self) -> None:
         """Drop heap entries whose key has been moved to an earlier time, popped, or taken by a worker."""
         while self._heap and (self._heap[0][2] in self._active or self._due.get(self._heap[0][2]) != self._heap[0][0]):
@@ -128,6 +135,10 @@ class WorkQueue(Generic[K]):
     def succeeded(self, key: K) -> None:
         """Forget the failures of the key."""
         self._backlog.succeeded(key)
+
+    def forgive(self) -> None:
+        """Let what is overdue be due now, so that nobody is said to have been late."""
+        self._backlog.forgive(self._clock())
 
 
 class TokenBucket:

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Final
 
 from pydantic import ValidationError
@@ -24,6 +23,7 @@ from octavo_operator.api.v1alpha1 import InferenceService
 from octavo_operator.caches import Caches
 from octavo_operator.decide import REPLICAS_MANAGER, Plan, decide
 from octavo_operator.desired import children
+from octavo_operator.election import Election
 from octavo_operator.errors import ApiError, Forbidden, NotFound, OperatorError, Refused, SpecInvalid
 from octavo_operator.kube import Kube
 from octavo_operator.loading import Loads
@@ -41,12 +41,23 @@ _logger = logging.getLogger(__name__)
 
 
 class Reconciler:
-    """The queue, the caches and the workers of one operator process."""
+    """The queue, the caches and the workers of one operator process.
 
-    def __init__(self, kube: Kube, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    With an election the workers run while this operator leads; watches and the queue go on, so that it can take over.
+    """
+
+    def __init__(
+        self,
+        kube: Kube,
+        settings: Settings,
+        election: Election | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.queue: WorkQueue[Key] = WorkQueue()
         self._kube = kube
         self._settings = settings
+        self._election = election
+        self._looked_after: set[Key] = set()  # what this process has reconciled and is still there
         self._caches = Caches(kube, settings.namespaces, on_change=self.queue.add, on_kind=self._queue_all, clock=clock)
         self._loads = Loads(self._caches.pods, on_change=self.queue.add)
         self._running: asyncio.Task[None] | None = None
@@ -64,16 +75,32 @@ class Reconciler:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._caches.run(filled), name="caches")
             await filled.wait()  # before that, what exists already would be taken for missing
-            _logger.info("Caches are filled: %d objects. Starting to reconcile.", len(self._caches))
-            tasks.create_task(self._loads.run(), name="ask pods how far they are")
-            for number in range(WORKERS):
-                tasks.create_task(self._work(), name=f"reconcile worker {number}")
+            _logger.info("Caches are filled: %d objects.", len(self._caches))
+            await (self._reconcile_all() if self._election is None else self._election.run(self._reconcile_all))
 
     async def stop(self) -> None:
         """Let `run` end, and wait for that."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])
+
+    async def _reconcile_all(self) -> None:
+        """Work on the queue until cancelled, as the only operator that does.
+
+        All that there is waits in it: what was never looked at since the watches began, and what changed since. At the
+        end what was looked at is added: its next look is due, or the next leader changes it in a way that tells nobody.
+        """
+        _logger.info("Starting to reconcile.")
+        self.queue.forgive()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._loads.run(), name="ask pods how far they are")
+                for number in range(WORKERS):
+                    tasks.create_task(self._work(), name=f"reconcile worker {number}")
+        finally:
+            metrics.READINESS.forget_all()
+            for key in self._looked_after:
+                self.queue.add(key)
 
     async def _queue_all(self) -> None:
         """Let every InferenceService be looked at: the cluster has learnt a kind of object, or forgotten it."""
@@ -133,14 +160,16 @@ class Reconciler:
             SpecInvalid: What is stored cannot be acted on; the status says so.
             ApiError: The pass could not be finished; the status says so if waiting alone will not help.
         """
+        body: Json | None
         try:
             body = await self._kube.get(INFERENCE_SERVICE, key.namespace, key.name)
         except NotFound:
+            body = None
+        if body is None or "deletionTimestamp" in body["metadata"]:
             metrics.READINESS.forget(*key)
+            self._looked_after.discard(key)
             return None  # its children go by their owner references
-        if "deletionTimestamp" in body["metadata"]:
-            metrics.READINESS.forget(*key)
-            return None
+        self._looked_after.add(key)
         try:
             service = _parse(body)
         except SpecInvalid as error:
@@ -149,7 +178,7 @@ class Reconciler:
         return await self._reconcile_valid(key, body, service)
 
     async def _reconcile_valid(self, key: Key, body: Json, service: InferenceService) -> float | None:
-        now = datetime.now(UTC)
+        now = self._kube.now()
         seen = self._caches.observed(key)
         order = choose_order(service, seen, now)
         desired = children(
@@ -270,7 +299,7 @@ class Reconciler:
             problem,
             previous=previous,
             observed=self._caches.observed(key),
-            now=datetime.now(UTC),
+            now=self._kube.now(),
         )
         await self._tell(body, previous, told, [])
 

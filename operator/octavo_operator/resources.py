@@ -48,6 +48,7 @@ CONFIG_MAP: Final = Resource("v1", "ConfigMap", "configmaps")
 CONTROLLER_REVISION: Final = Resource("apps/v1", "ControllerRevision", "controllerrevisions")
 POD: Final = Resource("v1", "Pod", "pods")
 EVENT: Final = Resource("events.k8s.io/v1", "Event", "events")
+LEASE: Final = Resource("coordination.k8s.io/v1", "Lease", "leases")
 
 POD_MONITOR: Final = Resource("monitoring.coreos.com/v1", "PodMonitor", "podmonitors")
 SCALED_OBJECT: Final = Resource("keda.sh/v1alpha1", "ScaledObject", "scaledobjects")

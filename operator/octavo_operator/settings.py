@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from octavo_operator import __version__
+from octavo_operator.resources import Key
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "text"]
@@ -24,6 +25,7 @@ class Settings:
     engine_image: str  # the image of the engine's containers, unless spec.engine.image names another
     namespaces: tuple[str, ...] = ()  # the namespaces served; empty means all of them
     prometheus_url: str | None = None  # that KEDA asks for every metric but cpu
+    lease: Key | None = None  # only its holder writes; None: this operator is the only one
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
     health_port: int = 8080  # GET /healthz: 200 while every watch makes progress, else 500
@@ -40,6 +42,7 @@ class Settings:
             engine_image=parsed.engine_image,
             namespaces=tuple(dict.fromkeys(parsed.namespace)),
             prometheus_url=parsed.prometheus_url,
+            lease=parsed.lease,
             log_level=parsed.log_level,
             log_format=parsed.log_format,
             health_port=parsed.health_port,
@@ -75,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="where KEDA reaches the Prometheus that has the engines' metrics; without it KEDA scales by cpu only",
     )
+    parser.add_argument(
+        "--lease",
+        type=_lease,
+        metavar="NAMESPACE/NAME",
+        help="of several operators with the same Lease one writes; without it this one must be the only one",
+    )
     parser.add_argument("--log-level", choices=get_args(LogLevel), default="info", help="default: %(default)s")
     parser.add_argument("--log-format", choices=get_args(LogFormat), default="text", help="default: %(default)s")
     parser.add_argument(
@@ -90,6 +99,12 @@ def _not_empty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def _lease(text: str) -> Key:
+    if re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?/[a-z0-9]([-a-z0-9.]*[a-z0-9])?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a namespace and a name such as octavo-system/octavo")
+    return Key(*text.split("/"))
 
 
 def http_url(text: str) -> str:

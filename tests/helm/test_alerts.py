@@ -42,6 +42,13 @@ def service(status: str, reason: str) -> str:
 CASES: Final[list[tuple[str, dict[str, str], int, dict[str, str] | None]]] = [
     ("OctavoOperatorAbsent", {}, 6, {}),
     ("OctavoOperatorAbsent", {"octavo_queue_depth": "0x20"}, 6, None),
+    ("OctavoNoLeader", {'octavo_leader{lease="a/o",pod="1"}': "1 0x20"}, 4, {"lease": "a/o"}),
+    (
+        "OctavoNoLeader",
+        {'octavo_leader{lease="a/o",pod="1"}': "1x9 0x20", 'octavo_leader{lease="a/o",pod="2"}': "0x9 1x20"},
+        15,
+        None,
+    ),
     ("OctavoOperatorFault", {'octavo_reconcile_errors_total{reason="Fault"}': "0x5 1x20"}, 8, {}),
     ("OctavoOperatorFault", {'octavo_reconcile_errors_total{reason="Fault"}': "1x60"}, 30, None),
     (
@@ -170,7 +177,7 @@ def test_the_alerts_ask_for_metrics_that_the_operator_has() -> None:
         name.removesuffix("_bucket") for rule in ALERTS.values() for name in re.findall(r"\boctavo_\w+", rule["expr"])
     }
     assert asked <= served
-    assert len(asked) == 8
+    assert len(asked) == 9
 
 
 def test_every_alert_has_its_place_in_the_runbook() -> None:

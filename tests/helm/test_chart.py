@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import pytest
 import yaml
 
+from octavo_operator.resources import Key
 from octavo_operator.settings import Settings
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def test_the_operator_understands_every_argument(template: Template) -> None:
         engine_image=settings(objects).engine_image,
         namespaces=("team-a", "team-b"),
         prometheus_url=prometheus,
+        lease=Key("octavo-system", "octavo-operator"),
         log_level="debug",
         log_format="text",
         health_port=8080,
@@ -134,11 +136,33 @@ def test_ports_and_probes_are_those_that_the_operator_serves(template: Template)
         assert container[probe]["httpGet"] == {"path": "/healthz", "port": "health"}
 
 
-def test_the_operator_runs_once_and_never_beside_its_successor(template: Template) -> None:
-    (deployment,) = of_kind(template(), "Deployment")
+def test_operators_of_one_release_have_one_lease_whatever_their_number_and_the_next_is_ready_first(
+    template: Template,
+) -> None:
+    for replicas in (1, 3):
+        objects = template({"replicas": replicas}, release="prod", namespace="ops")
+        (deployment,) = of_kind(objects, "Deployment")
 
-    assert deployment["spec"]["replicas"] == 1
-    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+        assert settings(objects).lease == ("ops", "prod-octavo-operator")
+        assert deployment["spec"]["replicas"] == replicas
+        assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+def test_several_operators_are_spread_over_nodes_and_drained_one_by_one(template: Template) -> None:
+    objects = template({"replicas": 2})
+    (budget,) = of_kind(objects, "PodDisruptionBudget")
+    (deployment,) = of_kind(objects, "Deployment")
+    affinity = deployment["spec"]["template"]["spec"]["affinity"]["podAntiAffinity"]
+    (spread,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+
+    assert budget["spec"] == {"maxUnavailable": 1, "selector": deployment["spec"]["selector"]}
+    assert spread["podAffinityTerm"] == {
+        "topologyKey": "kubernetes.io/hostname",
+        "labelSelector": deployment["spec"]["selector"],
+    }
+    assert not of_kind(template(), "PodDisruptionBudget")
+    given = template({"replicas": 2, "affinity": PLACEMENT["affinity"]})
+    assert operator_pod(given)["spec"]["affinity"] == PLACEMENT["affinity"]
 
 
 def test_the_operator_writes_nowhere_but_to_tmp(template: Template) -> None:
@@ -183,7 +207,13 @@ def test_names_begin_with_the_release_and_fit(template: Template) -> None:
 
 def test_names_that_look_like_numbers_stay_names(template: Template) -> None:
     objects = template(
-        {"watchNamespaces": ["42"], "serviceAccount": {"name": "7"}, "priorityClassName": "1e3", "nameOverride": "0"},
+        {
+            "watchNamespaces": ["42"],
+            "replicas": 2,
+            "serviceAccount": {"name": "7"},
+            "priorityClassName": "1e3",
+            "nameOverride": "0",
+        },
         release="1",
         namespace="5",
     )
@@ -192,9 +222,10 @@ def test_names_that_look_like_numbers_stay_names(template: Template) -> None:
         if one["kind"] != "CustomResourceDefinition":
             assert isinstance(one["metadata"]["name"], str)
             assert all(isinstance(value, str) for value in one["metadata"]["labels"].values())
-    (binding,) = of_kind(objects, "RoleBinding")
-    assert binding["metadata"]["namespace"] == "42"
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "7", "namespace": "5"}]
+    bindings = of_kind(objects, "RoleBinding")
+    assert [binding["metadata"]["namespace"] for binding in bindings] == ["42", "5"]
+    for binding in bindings:
+        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "7", "namespace": "5"}]
     assert operator_pod(objects)["spec"]["priorityClassName"] == "1e3"
     assert settings(objects).namespaces == ("42",)
 
@@ -272,6 +303,17 @@ ALLOWED: Final = {
 }
 
 
+LEASE_RULES: Final = [  # in the operator's own namespace
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
+    {
+        "apiGroups": ["coordination.k8s.io"],
+        "resources": ["leases"],
+        "resourceNames": ["octavo-operator"],
+        "verbs": ["get", "update"],
+    },
+]
+
+
 def permissions(role: Manifest) -> dict[tuple[str, str], set[str]]:
     allowed: dict[tuple[str, str], set[str]] = {}
     for rule in role["rules"]:
@@ -294,7 +336,11 @@ def test_the_operator_may_do_this_and_nothing_else(template: Template) -> None:
     assert binding["subjects"] == [
         {"kind": "ServiceAccount", "name": account["metadata"]["name"], "namespace": "octavo-system"}
     ]
-    assert not of_kind(objects, "Role")
+    (lease,) = of_kind(objects, "Role")
+    (of_lease,) = of_kind(objects, "RoleBinding")
+    assert lease["rules"] == LEASE_RULES
+    assert lease["metadata"]["namespace"] == of_lease["metadata"]["namespace"] == "octavo-system"
+    assert (of_lease["roleRef"]["name"], of_lease["subjects"]) == (lease["metadata"]["name"], binding["subjects"])
 
 
 def test_with_namespaces_the_operator_may_do_the_same_in_these_only(template: Template) -> None:
@@ -302,6 +348,8 @@ def test_with_namespaces_the_operator_may_do_the_same_in_these_only(template: Te
 
     roles = {role["metadata"]["namespace"]: role for role in of_kind(objects, "Role")}
     bindings = {binding["metadata"]["namespace"]: binding for binding in of_kind(objects, "RoleBinding")}
+    assert roles.pop("octavo-system")["rules"] == LEASE_RULES
+    assert bindings.pop("octavo-system")["roleRef"]["kind"] == "Role"
 
     assert roles.keys() == bindings.keys() == {"team-a", "team-b"}
     for namespace, role in roles.items():
@@ -400,7 +448,8 @@ def _comment_above(lines: list[str], number: int) -> str:
 
 
 WRONG: Final[list[tuple[Manifest, str]]] = [
-    ({"replicas": 2}, "additional properties 'replicas' not allowed"),
+    ({"replica": 2}, "additional properties 'replica' not allowed"),
+    ({"replicas": 0}, "at '/replicas': minimum: got 0, want 1"),
     ({"imgae": {"tag": "1"}}, "additional properties 'imgae' not allowed"),
     ({"image": {"tga": "1"}}, "at '/image': additional properties 'tga' not allowed"),
     ({"image": {"tag": 1.1}}, "at '/image/tag': got number, want string"),

@@ -170,6 +170,7 @@ BINDING: Final[Manifest] = {
 TOKEN: Final[Manifest] = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
 CORE: Final = f"/api/v1/namespaces/{SERVED[0]}"
 RBAC: Final = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{SERVED[0]}"
+LEASES: Final = "/apis/coordination.k8s.io/v1/namespaces"
 SERVICES: Final = f"/apis/serving.octavo.dev/v1alpha1/namespaces/{SERVED[0]}/inferenceservices"
 
 
@@ -192,6 +193,11 @@ def test_what_an_intruder_would_try_with_the_operators_token_fails(server: ApiSe
         ("DELETE", f"{SERVICES}/any", None),
         ("GET", "/api/v1/nodes", None),
         ("GET", "/api/v1/namespaces", None),
+        ("GET", f"{LEASES}/{NAMESPACE}/leases", None),
+        ("GET", f"{LEASES}/{NAMESPACE}/leases/anothers", None),
+        ("DELETE", f"{LEASES}/{NAMESPACE}/leases/security-octavo-operator", None),
+        ("GET", f"{LEASES}/kube-system/leases/security-octavo-operator", None),
+        ("POST", f"{LEASES}/{SERVED[0]}/leases", None),
     ]
     for method, path, body in attempts:
         assert account.tries(method, path, body) == 403, f"{method} {path}"
@@ -199,6 +205,7 @@ def test_what_an_intruder_would_try_with_the_operators_token_fails(server: ApiSe
 
     # The counter-check. A kind that was installed this moment is answered with 429 at first.
     assert account.tries("GET", f"{CORE}/pods") == 200
+    assert account.tries("GET", f"{LEASES}/{NAMESPACE}/leases/security-octavo-operator") == 404
     wait_until(
         lambda: None if account.tries("GET", SERVICES) == 200 else "not yet", what="InferenceServices", seconds=20
     )

@@ -151,16 +151,35 @@ def statuses(told: Json) -> dict[str, str]:
     return {each["type"]: each["status"] for each in told["conditions"] if each["type"] != "UpdateAvailable"}
 
 
+def documents(kind: str, name: str) -> list[Json]:
+    """The objects of that kind and name in the manifest of the operator's rights."""
+    manifest = yaml.safe_load_all((ROOT / "manifests/install/rbac.yaml").read_text())
+    return [each for each in manifest if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+
+
+def grant_lease(playground: Playground, lease: str, subject: Json) -> None:
+    """Give the right to one Lease in the playground, as the chart gives it in the operator's own namespace."""
+    (role,) = documents("Role", "octavo-operator-lease")
+    role["metadata"] = {"name": lease, "namespace": playground.namespace}
+    role["rules"] = json.loads(json.dumps(role["rules"]).replace("octavo-operator", lease))
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": lease}
+    binding = {
+        "apiVersion": role["apiVersion"],
+        "kind": "RoleBinding",
+        "metadata": role["metadata"],
+        "roleRef": reference,
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", **subject}],
+    }
+    playground.server.kubectl.apply(role, binding)
+
+
 @pytest.fixture(scope="session")
 def octavo_server(api_server: ApiServer) -> ApiServer:
     """The API server with the CRD, and with the operator's rights given to a user of our own."""
     kubectl = api_server.kubectl
     kubectl("apply", "--server-side", f"--filename={ROOT / 'crds'}")
     kubectl("wait", "crd", names.CRD_NAME, "--for=condition=Established", "--timeout=30s")
-    documents = yaml.safe_load_all((ROOT / "manifests/install/rbac.yaml").read_text())
-    (role,) = [
-        each for each in documents if (each["kind"], each["metadata"]["name"]) == ("ClusterRole", "octavo-operator")
-    ]
+    (role,) = documents("ClusterRole", "octavo-operator")
     role["metadata"] = {"name": USER}
     kubectl.apply(
         role,

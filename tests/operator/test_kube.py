@@ -1,8 +1,11 @@
 """The client against an HTTP server on loopback that records what it is sent and answers from a script."""
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import pytest
 from aiohttp import web
 from kubernetes.aio.client import Configuration
 
-from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, Refused
+from octavo_operator.errors import ApiError, ApiUnavailable, Conflict, Forbidden, NotFound, NotLeading, Refused
 from octavo_operator.kube import Kube, load_configuration, proxy_for
-from octavo_operator.resources import AUTOSCALER, DEPLOYMENT, INFERENCE_SERVICE, POD, SERVICE, Resource
+from octavo_operator.resources import AUTOSCALER, DEPLOYMENT, INFERENCE_SERVICE, LEASE, POD, SERVICE, Resource
 
 Json = dict[str, Any]
 
@@ -25,15 +28,18 @@ class Server:
     requests: list[tuple[str, str, dict[str, str], str, Any]] = field(default_factory=list)
     authorization: list[str | None] = field(default_factory=list)
     url: str = ""
+    silent: bool = False
 
     async def answer(self, request: web.Request) -> web.Response:
         """Record and answer one request."""
         body = await request.text()
-        content_type = request.headers["Content-Type"]
+        content_type = request.headers.get("Content-Type", "")
         self.requests.append(
             (request.method, request.path, dict(request.query), content_type, json.loads(body) if body else None)
         )
         self.authorization.append(request.headers.get("Authorization"))
+        if self.silent:
+            await asyncio.Event().wait()
         return self.answers.pop(0)
 
 
@@ -42,7 +48,7 @@ async def server() -> AsyncIterator[Server]:
     server = Server()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -132,6 +138,46 @@ async def test_apply_is_server_side_apply_in_our_name(server: Server, kube: Kube
             status,
         ),
     ]
+
+
+async def test_the_time_is_the_servers_whatever_ours_says(server: Server, kube: Kube) -> None:
+    assert abs(kube.now() - datetime.now(UTC)) < timedelta(seconds=60)
+    server.answers = [web.json_response(MANIFEST, headers={"Date": "Wed, 21 Oct 2015 07:28:00 GMT"})]
+    await kube.get(DEPLOYMENT, "ns", "llama")
+    assert timedelta(0) <= kube.now() - datetime(2015, 10, 21, 7, 28, tzinfo=UTC) < timedelta(seconds=60)
+
+
+async def test_after_write_until_nothing_is_written_but_a_lease_and_all_is_read(server: Server, kube: Kube) -> None:
+    kube.write_until = time.monotonic()
+    service = Resource("v1", "Service", "services")
+    for write in (
+        kube.apply(MANIFEST),
+        kube.apply_status(MANIFEST),
+        kube.merge(service, "ns", "a", {}),
+        kube.create(service, "ns", {}),
+        kube.delete(service, "ns", "a", uid="u"),
+    ):
+        with pytest.raises(NotLeading, match="another operator may lead by now"):
+            await write
+    assert server.requests == []
+    lease = {"metadata": {"namespace": "ns", "name": "octavo"}}
+    read = {"metadata": {**lease["metadata"], "resourceVersion": "1"}}
+    server.answers = [ok(MANIFEST), ok(lease), ok(read)]
+    await kube.get(DEPLOYMENT, "ns", "llama")
+    await kube.write_lease(lease)
+    await kube.write_lease(read)
+    assert [request[:2] for request in server.requests[1:]] == [
+        ("POST", LEASE.path("ns")),
+        ("PUT", LEASE.path("ns", "octavo")),
+    ]
+
+
+async def test_a_write_that_is_not_answered_by_write_until_is_broken_off(server: Server, kube: Kube) -> None:
+    server.silent = True
+    kube.write_until = time.monotonic() + 0.2
+    with pytest.raises(NotLeading):
+        await kube.apply(MANIFEST)
+    assert len(server.requests) == 1
 
 
 async def test_merge_and_create_send_what_they_are_given(server: Server, kube: Kube) -> None:

@@ -56,6 +56,17 @@ def test_failures_wait_exponentially_longer_up_to_a_cap_and_success_forgets_them
     assert fail() == 1.0
 
 
+def test_what_nobody_could_work_on_is_not_overdue_and_keeps_its_order() -> None:
+    backlog = Backlog[str]()
+    for key, due in (("b", 2.0), ("a", 1.0), ("later", 90.0)):
+        backlog.add(key, due)
+    backlog.forgive(60.0)
+    assert backlog.next_due() == 60.0
+    assert {backlog.pop(60.0), backlog.pop(60.0)} == {"a", "b"}
+    assert backlog.pop(60.0) is None
+    assert backlog.next_due() == 90.0
+
+
 def test_a_thousand_failures_do_not_overflow() -> None:
     backlog = Backlog[str]()
     delays = [backlog.failed("a", 0.0, first_delay=1.0, max_delay=60.0) for _ in range(2000)]

@@ -1,5 +1,6 @@
 import pytest
 
+from octavo_operator.resources import Key
 from octavo_operator.settings import Settings
 
 
@@ -15,6 +16,7 @@ def test_every_flag_reaches_its_field() -> None:
             "--namespace=b",
             "--namespace=a",
             "--prometheus-url=http://prometheus:9090/p",
+            "--lease=octavo-system/octavo.1",
             "--log-level=debug",
             "--log-format=json",
             "--health-port=1",
@@ -25,6 +27,7 @@ def test_every_flag_reaches_its_field() -> None:
         engine_image="e",
         namespaces=("a", "b"),
         prometheus_url="http://prometheus:9090/p",
+        lease=Key("octavo-system", "octavo.1"),
         log_level="debug",
         log_format="json",
         health_port=1,
@@ -42,6 +45,8 @@ def test_every_flag_reaches_its_field() -> None:
         (["--engine-image=e", "--health-port=0"], "'0' is not a TCP port"),
         (["--engine-image=e", "--metrics-port=x"], "'x' is not a TCP port"),
         (["--engine-image=e", "--prometheus-url=prometheus:9090"], "is not a URL such as"),
+        (["--engine-image=e", "--lease=octavo"], "'octavo' is not a namespace and a name such as"),
+        (["--engine-image=e", "--lease=a/b/c"], "'a/b/c' is not a namespace and a name such as"),
         (["--engine-image=e", "--metrics-port=8080"], "they must differ"),
         (["--engine=e"], "--engine-image"),
     ],
