@@ -73,4 +73,5 @@ def _turn(request: ScheduledRequest, guesses: tuple[int, ...]) -> ScheduledReque
         num_choices=1,
         num_proposed=0,
         prompt_targets=(),
+        adapter=0,  # they are the model's: one more reason for a guess to be wrong
     )

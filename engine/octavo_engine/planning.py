@@ -15,7 +15,7 @@ from octavo_engine import resources, sizing
 from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, cache_dtype
 from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError, HeadsNotDivisible, TensorParallelInvalid, UserError
-from octavo_engine.models.adapter import most_elements, read_adapter
+from octavo_engine.models.adapter import most_elements, read_adapter, stacked_rank
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.sizing import DraftSizes, Memory, MemoryPlan, in_mib
 
@@ -198,7 +198,7 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: Compute
             dtype=dtype,
             memory=memory,
             draft=None if draft is None else draft[1],
-            adapter_elements=_adapter_elements(model, config),
+            adapter_elements=_adapter_elements(model, config, device),
         )
     except UserError as error:
         error.facts = model.facts() | error.facts
@@ -358,7 +358,7 @@ def check_rank(adapter: Adapter, config: EngineConfig) -> None:
         )
 
 
-def _adapter_elements(model: Model, config: EngineConfig) -> int:
+def _adapter_elements(model: Model, config: EngineConfig, device: str) -> int:
     """Numbers in the adapters that there is to be room for: those that may be loaded, and the model's own.
 
     Raises:
@@ -366,8 +366,13 @@ def _adapter_elements(model: Model, config: EngineConfig) -> int:
     """
     for module in config.lora_modules:
         check_rank(read_adapter(module.path, model.spec), config)
-    own = 0 if config.adapter is None else read_adapter(config.adapter, model.spec).num_elements
-    return own + config.num_adapter_slots * most_elements(model.spec, config.max_lora_rank)
+    own = None if config.adapter is None else read_adapter(config.adapter, model.spec)
+    if device == "cuda":  # there all have the highest rank of any
+        highest = max(0 if own is None else own.rank, config.max_lora_rank if config.num_adapter_slots else 0)
+        count = config.num_adapter_slots + config.own_adapter
+        return count * most_elements(model.spec, stacked_rank(highest)) if count else 0
+    elements = 0 if own is None else own.num_elements
+    return elements + config.num_adapter_slots * most_elements(model.spec, config.max_lora_rank)
 
 
 def _devices(device: str, number: int) -> str:

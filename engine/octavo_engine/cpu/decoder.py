@@ -67,7 +67,7 @@ class CpuAdapters:
 
     def of_step(self, plan: StepPlan) -> tuple[ctypes.Array[ctypes.c_void_p] | None, int]:
         """The table of each request's adapter, and the highest rank in them; None: no request has one."""
-        if not self._loaded or not any(request.adapter for request in plan.requests):
+        if not any(request.adapter for request in plan.requests):
             return None, 0
         used = {number: self._loaded[number][0] for number in {request.adapter for request in plan.requests} - {0}}
         tables = [ctypes.addressof(used[request.adapter]) if request.adapter else None for request in plan.requests]

@@ -7,6 +7,7 @@ from typing import Final
 from octavo_engine.kernels.activation import GATE_AND_MUL
 from octavo_engine.kernels.attention import ATTEND, COMBINE
 from octavo_engine.kernels.cache import STORE_KV
+from octavo_engine.kernels.lora import ADD_EXPANDED, REDUCE_RANK
 from octavo_engine.kernels.matmul_fp8 import MULTIPLY_FP8, QUANTIZE_GROUPS, QUANTIZE_ROWS
 from octavo_engine.kernels.matmul_gguf import MULTIPLY_GGUF
 from octavo_engine.kernels.matmul_packed import MULTIPLY_PACKED
@@ -27,5 +28,7 @@ KERNELS: Final = (
     QUANTIZE_GROUPS,
     MULTIPLY_FP8,
     MULTIPLY_GGUF,
+    REDUCE_RANK,
+    ADD_EXPANDED,
     SAMPLE,
 )

@@ -118,6 +118,11 @@ def most_elements(spec: DecoderSpec, rank: int) -> int:
     return spec.num_layers * rank * sum(map(sum, shapes_of(spec).values()))
 
 
+def stacked_rank(rank: int) -> int:
+    """What a GPU's kernels fill a rank up to with zeros: a power of two from 16 to 128, or a multiple of 128."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank <= 128 else -(-rank // 128) * 128
+
+
 # PEFT's folders
 
 

@@ -20,7 +20,7 @@ import torch
 
 from octavo_engine.layers.activation import gate_and_mul
 from octavo_engine.layers.linear import Linear, PartialLinear
-from octavo_engine.layers.lora import TorchAdapters
+from octavo_engine.layers.lora import adapters_on
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.layers.rotary import rotary_table, rotate
 from octavo_engine.models.spec import StoredFactors
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from octavo_engine.attention.base import AttentionBackend
+    from octavo_engine.layers.lora import Adapters
     from octavo_engine.models.family import LayerRole, ModelRole
     from octavo_engine.models.spec import DecoderSpec, Rope
     from octavo_engine.parallel import Communicator
@@ -78,7 +79,7 @@ class _Attention:
     """Grouped-query self-attention of one layer."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend, adapters: TorchAdapters
+        self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend, adapters: Adapters
     ) -> None:
         hidden, dim = spec.hidden_size, spec.head_dim
         self._layer, self._head_dim, self._backend, self._adapters = layer, dim, backend, adapters
@@ -118,7 +119,7 @@ class _Attention:
 class _MLP:
     """The gated feed-forward network of one layer."""
 
-    def __init__(self, spec: DecoderSpec, weights: _Loader, layer: int, adapters: TorchAdapters) -> None:
+    def __init__(self, spec: DecoderSpec, weights: _Loader, layer: int, adapters: Adapters) -> None:
         hidden, middle = spec.hidden_size, spec.intermediate_size
         self._layer, self._adapters = layer, adapters
         self._activation = spec.activation
@@ -137,7 +138,7 @@ class _Layer:
     """Attention and MLP, each after a norm and added to the residual, which stays float32."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend, adapters: TorchAdapters
+        self, spec: DecoderSpec, weights: _Loader, layer: int, backend: AttentionBackend, adapters: Adapters
     ) -> None:
         def norm(role: LayerRole, dtype: torch.dtype) -> RMSNorm:
             return weights.norm(role, spec.hidden_size, spec.rms_norm_eps, dtype=dtype)
@@ -193,7 +194,7 @@ class TorchDecoder:
         tables = rotary_tables(spec, source, num_positions=num_positions)
         self._tables = [(cos.to(device), sin.to(device)) for cos, sin in tables.values()]
         self._table_of_layer = [list(tables).index(rope) for rope in spec.ropes]
-        self.adapters = TorchAdapters(dtype, device)  # of a model on one device: the others' rows would miss them
+        self.adapters = adapters_on(device, dtype)  # of a model on one device: the others' rows would miss them
         self._layers = [
             _Layer(spec, weights.of_layer(layer), layer, backend, self.adapters) for layer in range(spec.num_layers)
         ]

@@ -14,15 +14,19 @@ import torch
 from safetensors.torch import load_file
 from tests.engine.lora.conftest import merged, write_adapter
 from tests.engine.test_model_families import CASES, TOKENS, build, expected_logits, load, pairs_adjacent, write_gguf
+from tests.engine.test_speculation import run
 
-from octavo_engine.config import EngineConfig, LoraModule
+from octavo_engine.config import EngineConfig, LoraModule, SpeculativeConfig
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
+from octavo_engine.draft import Drafter
 from octavo_engine.errors import ConfigError, ModelNotFound
+from octavo_engine.messages import AddRequest
 from octavo_engine.models.adapter import read_adapter
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
-from octavo_engine.runner import load_runner
+from octavo_engine.runner import ModelRunner, load_runner
+from octavo_engine.speculation import DraftProposer, LookupProposer, Speculation
 from octavo_engine.weights.low_rank import load_low_rank
 from octavo_engine.weights.stored import WeightSource
 
@@ -202,3 +206,34 @@ def test_what_cannot_be_is_refused_before_weights_are_read(truth: Truth, tmp_pat
     own = load_runner(config_of(truth, enable_lora=False, adapter=wide), lambda *_: None)  # a Modelfile's has its own
     assert own.adapters is not None
     assert load_runner(config_of(truth, enable_lora=False), lambda *_: None).adapters is None
+
+
+def greedy_requests() -> list[AddRequest]:
+    """Of the model, both adapters and the first again, with texts that repeat themselves."""
+    sampling = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    return [
+        AddRequest(
+            request_id=f"r{number}", prompt_token_ids=(5, 9, 30, 41, 7 + number) * 3, sampling=sampling,
+            adapter=adapter,
+        )
+        for number, adapter in enumerate((0, 1, 2, 1))
+    ]  # fmt: skip
+
+
+GUESSES = SpeculativeConfig(num_speculative_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3)
+
+
+@pytest.mark.parametrize("truth", ["llama"], indirect=True)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("has_draft", [False, True])
+def test_guesses_change_no_token_of_a_request_with_an_adapter(truth: Truth, way: Way, *, has_draft: bool) -> None:
+    steps = steps_of(way, truth.path, *truth.adapters)
+    # The draft is the model without adapters, and has none: it would fail if it were asked for one.
+    drafter = Drafter(steps_of(way, truth.path)) if has_draft else None
+    speculation = Speculation(lambda: DraftProposer(GUESSES) if has_draft else LookupProposer(GUESSES))
+    expected, _ = run(ModelRunner(steps, seed=0), greedy_requests(), None, num_blocks=50)
+    answers, drafts = run(ModelRunner(steps, seed=0, drafter=drafter), greedy_requests(), speculation, num_blocks=50)
+    assert answers == expected
+    assert len({tuple(answer["tokens"]) for answer in answers.values()}) == 4, "each adapter says something else"
+    assert drafts is not None
+    assert 0 < sum(drafts.num_accepted_tokens_per_pos) <= drafts.num_draft_tokens
