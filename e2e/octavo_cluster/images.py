@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tomllib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from octavo_cluster import backend, binaries, buildah, paths, shell
 from octavo_cluster.progress import step
@@ -27,10 +27,11 @@ def operator() -> Recipe:
     return _product("operator", expected="about 40 s", wheels=None)
 
 
-def engine() -> Recipe:
-    """The engine's image, of this checkout."""
-    wheels = paths.WHEELS if paths.WHEELS.is_dir() else None
-    return _product("engine", expected="about 2 min" if wheels else "downloads 3 GB of torch with CUDA", wheels=wheels)
+def engine(device: Literal["cpu", "cuda"] = "cpu") -> Recipe:
+    """The engine's image, of this checkout, for processors or for NVIDIA's GPUs."""
+    wheels = paths.WHEELS if device == "cpu" and paths.WHEELS.is_dir() else None
+    expected = "about 2 min" if wheels else "downloads 3 GB of torch with CUDA"
+    return _product("engine", expected=expected, wheels=wheels, more=(("DEVICE", device),))
 
 
 def pause(programs: Path) -> Recipe:
@@ -81,11 +82,11 @@ def content_hash(files: Iterable[Path], salt: Sequence[str] = ()) -> str:
     return digest.hexdigest()[:12]
 
 
-def _product(half: str, *, expected: str, wheels: Path | None) -> Recipe:
+def _product(half: str, *, expected: str, wheels: Path | None, more: tuple[tuple[str, str], ...] = ()) -> Recipe:
     dockerfile = paths.PROJECT / f"Dockerfile.{half}"
     base = PUBLIC_BASE if backend.docker_answers() else buildah.base_image().reference
     project = tomllib.loads((paths.PROJECT / "pyproject.toml").read_text())["project"]
-    arguments = (("BASE", base), ("VERSION", project["version"]))
+    arguments = (("BASE", base), ("VERSION", project["version"]), *more)
     offered = sorted(wheel.name for wheel in wheels.iterdir()) if wheels else []
     salt = [*(f"{name}={value}" for name, value in arguments), *offered]
     tag = content_hash([dockerfile, *context_files(paths.PROJECT)], salt)

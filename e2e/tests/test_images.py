@@ -50,6 +50,14 @@ def test_both_images_share_what_they_are_built_from_but_have_tags_of_their_own()
     assert dict(operator.arguments)["VERSION"] == "0.1.0"
 
 
+def test_the_engine_for_gpus_is_another_image_and_has_torch_from_the_index() -> None:
+    cpu, cuda = images.engine(), images.engine("cuda")
+    assert dict(cpu.arguments)["DEVICE"] == "cpu"
+    assert dict(cuda.arguments)["DEVICE"] == "cuda"
+    assert cpu.image.tag != cuda.image.tag
+    assert cuda.wheels is None
+
+
 @pytest.fixture
 def recipe(checkout: Path) -> Recipe:
     return Recipe(
