@@ -14,7 +14,7 @@ PIP_COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --all-extras --group de
 
 .PHONY: help
 help: ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.stamp: pyproject.toml constraints.txt hatch_build.py $(NATIVE)
 	@echo "==> Python environment in $(VENV)"
@@ -65,12 +65,16 @@ test-kernels: venv ## The whole sweep of the GPU kernels: interpreted, and compi
 bench: venv ## Octavo beside llama.cpp, vLLM and transformers on this machine (sets them up at first; ARGS=--help)
 	@PYTHONPATH=e2e:benchmarks $(PYTHON) -m octavo_bench $(ARGS)
 
+.PHONY: gpu-acceptance
+gpu-acceptance: venv ## Kernels, ranks, throughput and decode on this machine's GPUs, with a report (ARGS=--dry-run: without)
+	@PYTHONPATH=e2e:benchmarks $(PYTHON) benchmarks/gpu_acceptance.py $(ARGS)
+
 .PHONY: lint
 lint: venv ## ruff, mypy strict, import-linter, generated files up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/mypy tests e2e manifests/generate.py docs/generate_options.py docs/generate_kernels.py docs/generate_operator.py
+	@$(VENV)/bin/mypy tests e2e manifests/generate.py docs/generate_options.py docs/generate_kernels.py docs/generate_operator.py benchmarks/gpu_acceptance.py
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) -m octavo_operator.api.crd --check
 

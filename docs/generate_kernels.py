@@ -10,15 +10,19 @@ Run by `make generate` and, with --check, by tests/engine/kernels/test_catalogue
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from octavo_engine import kernels
 from octavo_engine.kernels import (
     activation,
     attention,
     cache,
+    lora,
     matmul,
     matmul_fp8,
     matmul_gguf,
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGE: Final = Path(__file__).with_name("kernels.md")
+ENGINE: Final = Path(__file__).parents[1] / "engine"
 COMMAND: Final = "python docs/generate_kernels.py"
 BATCHES: Final = (1, 32, 256)
 
@@ -64,22 +69,24 @@ HEAD: Final = f"""\
 # GPU kernels
 
 Written by `{COMMAND}` from the kernels themselves. They are in Triton, in
-engine/octavo_engine/kernels/; each has a twin in plain torch beside it. attention/triton.py puts those of attention
-behind the interface that every backend has; the others wait for the GPU's model runner.
+engine/octavo_engine/kernels/; each has a twin in plain torch beside it.
 
 ## What is proven, and what waits for a device
 
-No GPU was there when these were written. What can be shown without one is shown by tests:
+No GPU was there when these were written: none of them has run on one. What can be shown without one is shown by tests:
 
 - **Numbers**: each kernel equals its twin in Triton's interpreter, over shapes and dtypes, within the bound given. Its
   rounding and bfloat16 products are replaced by a device's there (tests/engine/kernels/interpreted/conftest.py).
 - **Code**: launchers can only ask for a listed variant of a kernel (kernels/launch.py). They are
   compiled for compute capabilities {KNOWN}; a test fails where registers are spilled or more shared
   memory is needed than the GPU has, both read out of the machine code. CI builds some of them, `make test-kernels` all.
-- **Not proven**: that the machine code does what the interpreter does, and every figure of speed below.
+- **Waits for a device**: that the machine code does what the interpreter does, and every figure of speed below.
+  `make gpu-acceptance` (benchmarks/gpu_acceptance.py) runs the same tests on a GPU, those of tensor parallelism over
+  NCCL, the work of nano-vllm's benchmark and decodes against the roofline, and writes a report. CI runs it with
+  `--dry-run`, in the interpreter.
 
-| kernel | does | equals its twin | variants |
-|---|---|---|---|
+| kernel | does | proven: equals its twin | proven: variants that compile | launched by | waits |
+|---|---|---|---|---|---|
 """
 
 MIDDLE_PART: Final = f"""
@@ -166,6 +173,8 @@ ENTRIES: Final = (
     Entry(matmul_fp8.QUANTIZE_GROUPS, "activations to e4m3, a scale for 128", "bit for bit"),
     Entry(matmul_fp8.MULTIPLY_FP8, "e4m3 times e4m3: scales of tensors, channels, blocks", SUMS),
     Entry(matmul_gguf.MULTIPLY_GGUF, "Q4_0, Q4_1, Q8_0, Q4_K, Q6_K as the file has them", SUMS),
+    Entry(lora.REDUCE_RANK, "rows times the A of each one's LoRA adapter", f"{SUMS}, with add_expanded"),
+    Entry(lora.ADD_EXPANDED, "adds that times B to the rows of a product", SUMS),
     Entry(sampling.SAMPLE, "temperature, min-p, top-k, top-p, a draw and its logprob", "the same tokens; 2e-5"),
 )
 
@@ -180,7 +189,32 @@ def proof(entry: Entry) -> str:
     """The line about what is proven."""
     counts = [len(entry.kernel.variants(target)) for target in TARGETS.values()]
     many = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    return f"| `{entry.kernel.name}` | {entry.does} | {entry.bound} | {many} for each of {len(counts)} |\n"
+    users = ", ".join(users_of(entry.kernel)) or "nothing yet"
+    waits = "numbers and speed on a device" if users_of(entry.kernel) else "its place in the model, then a device"
+    told = (f"`{entry.kernel.name}`", entry.does, entry.bound, f"{many} for each of {len(counts)}", users, waits)
+    return f"| {' | '.join(told)} |\n"
+
+
+@functools.cache
+def importers() -> dict[str, list[str]]:
+    """By module of a kernel: the files of the engine, outside kernels/, that import it."""
+    package = f"{kernels.__name__}"
+    found: dict[str, list[str]] = {}
+    for path in sorted((ENGINE / "octavo_engine").rglob("*.py")):
+        if path.parent.name == "kernels":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(package):
+                continue
+            names = [f"{package}.{alias.name}" for alias in node.names] if node.module == package else [node.module]
+            for name in names:
+                found.setdefault(str(name), []).append(str(path.relative_to(ENGINE / "octavo_engine")))
+    return found
+
+
+def users_of(kernel: Kernel) -> list[str]:
+    """The files that import the module of a kernel."""
+    return list(dict.fromkeys(importers().get(kernel.function.__module__, [])))
 
 
 def speed() -> Iterator[str]:
@@ -235,6 +269,9 @@ def table(batch: int) -> dict[str, list[Work]]:
             product(batch, shape, width, instructions, matmul_gguf.MULTIPLY_GGUF, matmul_gguf.STEPS[quant_type])
             for shape in PRODUCTS
         ]
+    works["`reduce_rank`, `add_expanded`: 4 adapters of rank 16"] = [
+        work for shape in PRODUCTS for work in low_rank(batch, shape, min(batch, 4), 16)
+    ]
     works["`sample`, temperature alone"] = [
         Work(
             batch * VOCABULARY * 4.0,
@@ -246,6 +283,27 @@ def table(batch: int) -> dict[str, list[Work]]:
         )
     ]
     return works
+
+
+def low_rank(batch: int, shape: tuple[int, int], adapters: int, rank: int) -> list[Work]:
+    """What adapters with equally many rows each add to one product."""
+    features, columns = shape
+    height = matmul.rows_for(ceil_div(batch, adapters))
+    tiles = adapters * ceil_div(batch // adapters, height)
+    parts = matmul.parts_for(tiles, features // 64, PROCESSORS)
+    reduced = parts * tiles * height * rank * 4.0
+    flops = 2.0 * tiles * height * rank
+    return [
+        Work(
+            (batch + adapters * rank) * features * 2.0 + reduced, flops * features, tiles * parts, 2 * 64 * rank * 2.0
+        ),
+        Work(
+            reduced + (2 * batch + adapters * rank) * columns * 2.0,
+            flops * columns,
+            tiles * ceil_div(columns, 128),
+            128.0 * rank * 2,
+        ),
+    ]
 
 
 def product(  # noqa: PLR0917 - a line of the table

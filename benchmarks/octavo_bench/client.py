@@ -75,6 +75,18 @@ def spread_work(num_users: int, num_requests: int) -> Work:
     return Work("spread", num_users, jobs)
 
 
+def nano_vllm_work(num_requests: int = 256, shortest: int = 100, longest: int = 1024) -> Work:
+    """The work of nano-vllm's public benchmark (its bench.py): all at once, lengths in and out uniform.
+
+    By default the very tokens that it draws from seed 0: 142,827 in, 133,966 out. At temperature 0.6 it tells of 1,434
+    tokens/s with Qwen3-0.6B on a GeForce RTX 4070 for laptops, where vLLM has 1,362 (its README).
+    """
+    rng = random.Random(0)  # noqa: S311
+    prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(shortest, longest))] for _ in range(num_requests)]
+    jobs = [Job(prompt, rng.randint(shortest, longest)) for prompt in prompts]
+    return Work(f"{num_requests} at once, {shortest} to {longest} in and out", num_requests, jobs)
+
+
 def random_prompt(rng: random.Random, length: int) -> list[int]:
     """Token ids that no other prompt begins with."""
     return rng.choices(_TOKEN_IDS, k=length)

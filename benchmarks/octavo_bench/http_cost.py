@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from typing import TYPE_CHECKING, Final
 
-from octavo_bench import client, peers, processes
+from octavo_bench import client, direct, peers, processes
 from octavo_bench.engines import CONTEXT, MODEL_NAME, NUM_USERS, octavo, serving
-from octavo_engine.client import EngineClient
 from octavo_engine.config import EngineConfig
-from octavo_engine.plan import SamplingParams
-from octavo_engine.transport import spawn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,31 +62,10 @@ async def _through_http(engine: Engine, work: client.Work) -> tuple[float, float
 
 async def _directly(model: Path, work: client.Work) -> float:
     """Tokens per second."""
-    engine = await EngineClient.start(
-        *spawn(EngineConfig(model=model, served_model_names=("m",), max_model_len=CONTEXT))
-    )
-    try:
-        await engine.ready()
-        await _run(engine, client.fixed_work(NUM_USERS, NUM_USERS))
-        return await _run(engine, work)
-    finally:
-        await engine.close()
-
-
-async def _run(engine: EngineClient, work: client.Work) -> float:
-    jobs = enumerate(work.jobs)
-    num_tokens = 0
-
-    async def user() -> None:
-        nonlocal num_tokens
-        for number, job in jobs:
-            sampling = SamplingParams(max_tokens=job.num_output_tokens, temperature=0, ignore_eos=True)
-            async for update in engine.generate(f"r{number}", job.prompt, sampling):
-                num_tokens += len(update.token_ids)
-
-    started = time.perf_counter()
-    await asyncio.gather(*(user() for _ in range(work.num_users)))
-    return num_tokens / (time.perf_counter() - started)
+    async with direct.running(EngineConfig(model=model, served_model_names=("m",), max_model_len=CONTEXT)) as engine:
+        await direct.run(engine, client.fixed_work(NUM_USERS, NUM_USERS))
+        seen = await direct.run(engine, work)
+    return seen.num_output_tokens / seen.seconds
 
 
 if __name__ == "__main__":

@@ -14,9 +14,18 @@ if TYPE_CHECKING:
 
 OCTAVO: Final = "octavo"  # the engine that the others are compared with
 
-# SmolLM2-135M, which every engine runs
-_PARAMETERS: Final = 134_515_008  # the tied embedding is also the output matrix: all of them are multiplied
-_KV_BYTES_PER_TOKEN: Final = 2 * 30 * 3 * 64 * 2  # keys and values, layers, KV heads, head size, 2 bytes each
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's steps read and compute by."""
+
+    parameters: int  # that every token is multiplied with
+    kv_bytes_per_token: int
+
+
+# SmolLM2-135M, which every engine runs: its tied embedding is also the output matrix, so all are multiplied. Keys and
+# values, layers, KV heads, head size, 2 bytes each.
+SMOLLM2: Final = Sizes(134_515_008, 2 * 30 * 3 * 64 * 2)
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,9 @@ class Results:
     rows: list[Row]
 
 
-def summarise(work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step: int, peak: str) -> Cell:
+def summarise(
+    work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step: int, peak: str, sizes: Sizes = SMOLLM2
+) -> Cell:
     """Sum up what the users of one cell saw.
 
     Args:
@@ -76,11 +87,12 @@ def summarise(work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step
         bytes_per_step: of weights.
         peak: the machine's figure for the engine's arithmetic. Where torch has no fast products in that type float32's,
             which everything can be computed in, is the larger one and counts.
+        sizes: of the model.
     """
     gap = statistics.median(seen.gap_seconds)
     num_users = work.num_users
-    step_bytes = bytes_per_step + num_users * _mean_context(work) * _KV_BYTES_PER_TOKEN
-    operations_per_second = max(machine[peak], machine["float32_gflop_per_s"]) * 1e9
+    cached = num_users * _mean_context(work)
+    by_memory, by_arithmetic = roofline(machine, sizes, num_users, cached, bytes_per_step=bytes_per_step, peak=peak)
     return Cell(
         work=work.name,
         num_users=num_users,
@@ -94,9 +106,27 @@ def summarise(work: Work, seen: Seen, *, machine: dict[str, Any], bytes_per_step
         gap_p50=gap,
         gap_p99=percentile(seen.gap_seconds, 99),
         client_share=seen.client_cpu_seconds / seen.seconds,
-        memory_roofline=step_bytes / (machine["memory_gb_per_s"] * 1e9) / gap,
-        compute_roofline=2 * _PARAMETERS * num_users / operations_per_second / gap,
+        memory_roofline=by_memory / gap,
+        compute_roofline=by_arithmetic / gap,
     )
+
+
+def roofline(
+    machine: dict[str, Any], sizes: Sizes, num_rows: int, num_cached: float, *, bytes_per_step: int, peak: str
+) -> tuple[float, float]:
+    """Seconds that a decode step cannot beat, by what it reads and by what it computes.
+
+    Args:
+        machine: with its measured speeds.
+        sizes: of the model.
+        num_rows: requests that get a token each.
+        num_cached: tokens that they hold in all.
+        bytes_per_step: of weights.
+        peak: the machine's figure for the engine's arithmetic, as in `summarise`.
+    """
+    step_bytes = bytes_per_step + num_cached * sizes.kv_bytes_per_token
+    operations_per_second = max(machine[peak], machine["float32_gflop_per_s"]) * 1e9
+    return step_bytes / (machine["memory_gb_per_s"] * 1e9), 2 * sizes.parameters * num_rows / operations_per_second
 
 
 def _mean_context(work: Work) -> float:
@@ -122,14 +152,10 @@ def markdown(results: Results) -> str:
 
 
 def _lines(results: Results) -> Iterator[str]:
-    machine, rows = results.machine, results.rows
+    rows = results.rows
     yield f"# {results.date}, commit {results.commit}"
     yield ""
-    yield (
-        f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['features'])}; "
-        f"{machine['memory_gb_per_s']} GB/s read, {machine['float32_gflop_per_s']} GFLOP/s float32, "
-        f"{machine['bfloat16_gflop_per_s']} GFLOP/s bfloat16, {machine['int8_gop_per_s']} GOP/s int8 (torch)"
-    )
+    yield machine_line(results.machine)
     yield ""
     yield "; ".join(f"{name}: {value}" for name, value in (results.peers | results.settings).items())
     yield ""
@@ -173,6 +199,15 @@ def _lines(results: Results) -> Iterator[str]:
     yield "## Checks: tokens per chunk / client's share of a core, %"
     yield ""
     yield from _cell_table(rows, lambda one: f"{one.tokens_per_chunk:.2f} / {100 * one.client_share:.0f}")
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """What machine.py found."""
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['features'])}; "
+        f"{machine['memory_gb_per_s']} GB/s read, {machine['float32_gflop_per_s']} GFLOP/s float32, "
+        f"{machine['bfloat16_gflop_per_s']} GFLOP/s bfloat16, {machine['int8_gop_per_s']} GOP/s int8 (torch)"
+    )
 
 
 def _cell_table(rows: Sequence[Row], show: Callable[[Cell], str]) -> Iterator[str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _TRIES: Final = 8
 _CONTEXT: Final = 200  # tokens that a decoding sequence holds
 _BLOCK_SIZE: Final = 8
-_BLOCKS_EACH: Final = 32  # of a sequence
+_BLOCKS_EACH: Final = 33  # of a sequence, or of the prompt
 _MAX_SEQUENCES: Final = 32
 
 
@@ -39,7 +39,8 @@ def main() -> None:
         decoder = _load(library, compute)
         print(f"{compute}: {decoder.weight_bytes / 1e6:.0f} MB of weights")
         for num_sequences in (1, 8, 32):
-            _print(f"{num_sequences} sequences", *fastest(decoder, _decodes(num_sequences)))
+            plan = decodes(num_sequences, context=_CONTEXT, block_size=_BLOCK_SIZE)
+            _print(f"{num_sequences} sequences", *fastest(decoder, plan))
         _print("prompt of 256", *fastest(decoder, _prompt(256)))
 
 
@@ -68,18 +69,24 @@ def _load(library: ctypes.CDLL, compute: Compute) -> CpuDecoder:
     )
 
 
-def _decodes(num_sequences: int) -> StepPlan:
-    return StepPlan(0, tuple(_request(number, (1000 + number,), _CONTEXT) for number in range(num_sequences)))
+def decodes(num_sequences: int, *, context: int, block_size: int) -> StepPlan:
+    """A step that brings each of some sequences, which hold `context` tokens, a further one."""
+    width = context // block_size + 1
+    requests = [
+        _request(number, (1000 + number,), context, range(number * width, (number + 1) * width))
+        for number in range(num_sequences)
+    ]
+    return StepPlan(0, tuple(requests))
 
 
 def _prompt(num_tokens: int) -> StepPlan:
-    return StepPlan(0, (_request(0, tuple(range(1000, 1000 + num_tokens)), 0),))
+    token_ids = tuple(range(1000, 1000 + num_tokens))
+    return StepPlan(0, (_request(0, token_ids, 0, range(num_tokens // _BLOCK_SIZE + 1)),))
 
 
-def _request(number: int, token_ids: tuple[int, ...], num_before: int) -> ScheduledRequest:
-    blocks = tuple(range(number * _BLOCKS_EACH, (number + 1) * _BLOCKS_EACH))
+def _request(number: int, token_ids: tuple[int, ...], num_before: int, blocks: range) -> ScheduledRequest:
     sampling = SamplingParams(max_tokens=1)
-    return ScheduledRequest(str(number), token_ids, num_before, blocks, needs_token=True, sampling=sampling)
+    return ScheduledRequest(str(number), token_ids, num_before, tuple(blocks), needs_token=True, sampling=sampling)
 
 
 def _print(what: str, seconds: float, phases: dict[str, float]) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
+from tests.engine.kernels.conftest import DEVICE, INTERPRETS
 
 from octavo_engine.attention.base import AttentionBackend, AttentionMetadata, AttentionRules, CacheShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# What needs Triton's interpreter runs in a process of its own: tests/engine/kernels/test_interpreter.py starts it.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_triton.py"]
+# Without a GPU this runs in a process of its own, with Triton's interpreter: tests/engine/kernels/test_interpreter.py.
+collect_ignore = [] if INTERPRETS or DEVICE.type == "cuda" else ["test_triton.py"]
 
 # Shapes: T tokens, N query heads, K KV heads, D head size.
 
+CPU: Final = torch.device("cpu")
 TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -62,12 +63,14 @@ class Sequences:
         lengths: list[int],
         rules: AttentionRules | None = None,
         tolerance: float | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.shape = shape
+        self.device = device
         self.dtype = dtype
         self.tolerance = tolerance or TOLERANCE[dtype]
         self.rules = rules or AttentionRules(scale=shape.head_dim**-0.5, windows=(None,) * shape.num_layers)
-        self.backend = make_backend(shape, self.rules, dtype=dtype, device=torch.device("cpu"))
+        self.backend = make_backend(shape, self.rules, dtype=dtype, device=device)
         generator = torch.Generator().manual_seed(1)
 
         def rows(num_heads: int) -> list[torch.Tensor]:
@@ -95,10 +98,12 @@ class Sequences:
                         self.tables[index][position // size] * size + position % size
                         for index, span in spans.items()
                         for position in range(*span)
-                    ]
+                    ],
+                    device=self.device,
                 ),
                 block_tables=torch.tensor(
-                    [self.tables[index] + [0] * (width - len(self.tables[index])) for index in pieces]
+                    [self.tables[index] + [0] * (width - len(self.tables[index])) for index in pieces],
+                    device=self.device,
                 ),
                 query_lens=tuple(pieces.values()),
                 context_lens=tuple(end for _, end in spans.values()),
@@ -107,7 +112,7 @@ class Sequences:
         for layer in range(self.shape.num_layers):
 
             def flat(rows: list[list[torch.Tensor]], layer: int = layer) -> torch.Tensor:
-                return torch.cat([rows[layer][index][slice(*span)] for index, span in spans.items()])
+                return torch.cat([rows[layer][index][slice(*span)] for index, span in spans.items()]).to(self.device)
 
             self.backend.store(layer, flat(self.k), flat(self.v))
             out = self.backend.attend(layer, flat(self.q))
@@ -123,6 +128,8 @@ class Sequences:
                 )
                 for index, span in spans.items()
             ]
-            torch.testing.assert_close(out.double(), torch.cat(expected), atol=self.tolerance, rtol=self.tolerance)
+            torch.testing.assert_close(
+                out.cpu().double(), torch.cat(expected), atol=self.tolerance, rtol=self.tolerance
+            )
         for index, (_, end) in spans.items():
             self.computed[index] = end

@@ -1,6 +1,7 @@
-"""Two, three and four ranks over gloo compute what one computes: every family, on tiny random checkpoints.
+"""Two, three and four ranks compute what one computes: every family, on tiny random checkpoints.
 
-One set of processes for each number of ranks loads all the models, one after the other.
+One set of processes for each number of ranks loads all the models, one after the other: over gloo on the processors,
+and over NCCL where there is a GPU for each rank.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from octavo_engine.device import of_rank
 from octavo_engine.models.checkpoint import read_checkpoint
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
 from octavo_engine.ranks import Ranks
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(300)
 
-CPU = torch.device("cpu")
 TOKENS = tuple(random.Random(7).choices(range(98), k=70))  # noqa: S311 - test data
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 MEMORY = MemoryPlan(
@@ -41,6 +42,9 @@ MEMORY = MemoryPlan(
     num_blocks=36,
     max_model_len=96,
 )
+# What the kernels of a GPU have: heads of 64 at least, and blocks of 16.
+MEMORIES = {"cpu": MEMORY, "cuda": dataclasses.replace(MEMORY, block_size=16)}
+HEAD_DIMS = {"cpu": 8, "cuda": 64}
 
 SIZES = {
     "vocab_size": 98,  # no multiple of three or four
@@ -48,7 +52,6 @@ SIZES = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 12,
-    "head_dim": 8,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
@@ -58,6 +61,10 @@ SIZES = {
 }
 # Each rank has its own KV heads, or with four ranks one together with another.
 NUM_KV_HEADS = {2: 6, 3: 3, 4: 2}
+PLACES = [
+    *(("cpu", size) for size in NUM_KV_HEADS),
+    *(("cuda", size) for size in NUM_KV_HEADS if size <= torch.cuda.device_count()),
+]
 GEMMA = {"tie_word_embeddings": True, "sliding_window": 8, "query_pre_attn_scalar": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True},
@@ -67,32 +74,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma2": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0},
     "Gemma3": GEMMA | {"num_hidden_layers": 6},
 }
-# Between logits of which the largest are about 5, of several ranks and of one.
+# Between logits of which the largest are about 5, of several ranks and of one. NCCL sums in any order.
 MAX_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 0.3, torch.float16: 0.04}
+ANY_ORDER = {"cpu": 0.0, "cuda": 5e-5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
     """Running ranks."""
 
+    kind: str  # of their devices
     size: int
     ranks: Ranks
 
 
-@pytest.fixture(scope="module", params=NUM_KV_HEADS, ids="{} ranks".format)
+@pytest.fixture(scope="module", params=PLACES, ids=lambda place: f"{place[1]} ranks on {place[0]}")
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """So many ranks, of which this process is the first."""
+    kind, size = request.param
     num_threads = torch.get_num_threads()
-    ranks = Ranks(request.param, CPU)
-    yield Shared(request.param, ranks)
+    ranks = Ranks(size, of_rank(kind, 0))
+    yield Shared(kind, size, ranks)
     ranks.close()
     torch.set_num_threads(num_threads)
 
 
-def save(family: str, size: int, folder: Path) -> Path:
-    """A random model that `size` ranks can share, with random numbers where transformers begins with zeros and ones."""
+def save(family: str, shared: Shared, folder: Path) -> Path:
+    """A random model that the ranks can share, with random numbers where transformers begins with zeros and ones."""
     torch.manual_seed(0)
-    options = SIZES | {"num_key_value_heads": NUM_KV_HEADS[size]} | FAMILIES[family]
+    heads = {"num_key_value_heads": NUM_KV_HEADS[shared.size], "head_dim": HEAD_DIMS[shared.kind]}
+    options = SIZES | heads | FAMILIES[family]
     config = getattr(transformers, f"{family}{'TextConfig' if family == 'Gemma3' else 'Config'}")(**options)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
@@ -103,14 +114,15 @@ def save(family: str, size: int, folder: Path) -> Path:
     return folder
 
 
-def load(path: Path, shared: Shared | None, dtype: torch.dtype = torch.float32) -> ModelRunner:
-    """The model in one process, or in those that there are."""
-    checkpoint = read_checkpoint(path)
+def load(path: Path, shared: Shared, dtype: torch.dtype = torch.float32, *, alone: bool = False) -> ModelRunner:
+    """The model in all the processes that there are, or in this one alone."""
+    checkpoint, memory = read_checkpoint(path), MEMORIES[shared.kind]
     steps: Steps
-    if shared is None:
-        steps = load_torch_steps(checkpoint, MEMORY, dtype=dtype, device=CPU, on_progress=lambda *_: None)
+    if alone:
+        device = of_rank(shared.kind, 0)
+        steps = load_torch_steps(checkpoint, memory, dtype=dtype, device=device, on_progress=lambda *_: None)
     else:
-        steps = shared.ranks.load(checkpoint, MEMORY, dtype=dtype, num_threads=1, on_progress=lambda *_: None)
+        steps = shared.ranks.load(checkpoint, memory, dtype=dtype, num_threads=1, on_progress=lambda *_: None)
     return ModelRunner(steps, seed=0)
 
 
@@ -139,9 +151,10 @@ def greedy(runner: ModelRunner, num_tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_compute_what_one_computes(shared: Shared, tmp_path: Path, family: str) -> None:
-    path = save(family, shared.size, tmp_path)
-    for dtype, max_error in MAX_ERRORS.items():
-        alone = load(path, None, dtype)
+    path = save(family, shared, tmp_path)
+    for dtype, bound in MAX_ERRORS.items():
+        max_error = bound + ANY_ORDER[shared.kind]
+        alone = load(path, shared, dtype, alone=True)
         expected, expected_tokens = all_logits(alone, piece(0, 70)), greedy(alone, 12)
         together = load(path, shared, dtype)
         error = (all_logits(together, piece(0, 70)) - expected).abs().max().item()
@@ -158,20 +171,22 @@ def test_ranks_compute_what_one_computes(shared: Shared, tmp_path: Path, family:
 
 
 def test_a_float32_result_does_not_depend_on_the_batch_with_ranks_either(shared: Shared, tmp_path: Path) -> None:
-    runner = load(save("Llama", shared.size, tmp_path), shared)
+    runner = load(save("Llama", shared, tmp_path), shared)
     whole = all_logits(runner, piece(0, 70))
     in_pieces = [all_logits(runner, piece(start, end)) for start, end in ((0, 19), (19, 20), (20, 61), (61, 70))]
-    assert torch.equal(torch.cat(in_pieces), whole)
+    bound = ANY_ORDER[shared.kind]
+    torch.testing.assert_close(torch.cat(in_pieces), whole, rtol=0.0, atol=bound)
     company = all_logits(runner, piece(0, 33, first_block=12), piece(0, 70), piece(0, 1, first_block=24))
-    assert torch.equal(company[33:103], whole)
+    torch.testing.assert_close(company[33:103], whole, rtol=0.0, atol=bound)
 
 
 def test_copied_blocks_are_copied_on_every_rank(shared: Shared, tmp_path: Path) -> None:
-    runner = load(save("Qwen3", shared.size, tmp_path), shared)
+    runner = load(save("Qwen3", shared, tmp_path), shared)
     expected = all_logits(runner, piece(0, 16))[8:]
     all_logits(runner, piece(0, 8))
     runner.forward(StepPlan(0, (piece(0, 1, first_block=20),), ((0, 12),)))
-    assert torch.equal(all_logits(runner, piece(8, 16, first_block=12)), expected)
+    copied = all_logits(runner, piece(8, 16, first_block=12))
+    torch.testing.assert_close(copied, expected, rtol=0.0, atol=ANY_ORDER[shared.kind])
 
 
 def test_ranks_that_are_there_answer(shared: Shared) -> None:

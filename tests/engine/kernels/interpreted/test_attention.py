@@ -10,10 +10,11 @@ import itertools
 
 import pytest
 import torch
-from tests.engine.kernels.interpreted.conftest import assert_within, normal
+from tests.engine.kernels.conftest import DEVICE
+from tests.engine.kernels.interpreted.conftest import assert_within, launched, normal
 
 from octavo_engine.kernels import attention, cache
-from octavo_engine.kernels.launch import TARGETS, Target
+from octavo_engine.kernels.launch import TARGETS, Target, target_of
 
 BOUND = 4.0  # units in the last place: values are about 1, some 2 or 3
 
@@ -57,11 +58,11 @@ def compare(
     )
     out = torch.full(q.shape, torch.nan, dtype=dtype)
     group, query_lens = num_heads // num_kv_heads, [query for query, _ in lengths]
-    for rows, tall in ((attention.SMALL_ROWS, False), (attention.tall_rows(TARGETS[90], head_dim), True)):
+    for rows, tall in ((attention.SMALL_ROWS, False), (attention.tall_rows(target_of(DEVICE), head_dim), True)):
         places = torch.tensor(attention.tiles_of(query_lens, group=group, rows=rows, tall=tall), dtype=torch.int32)
         if len(places):
             tiles = attention.Tiles(rows, places, 1 if tall else parts)
-            attention.attend(out, q, keys, values, tables, requests, tiles, scores, window=window)
+            launched(attention.attend)(out, q, keys, values, tables, requests, tiles, scores, window=window)
     expected = attention.attend_twin(q, keys, values, tables, requests, scores, window=window)
     assert_within(out, expected, BOUND)
 

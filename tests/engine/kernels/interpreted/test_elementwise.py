@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tests.engine.kernels.interpreted.conftest import assert_within, normal
+from tests.engine.kernels.interpreted.conftest import assert_within, launched, normal
 
 from octavo_engine.kernels import activation, cache, norm, rotary
 from octavo_engine.kernels.numeric import decode_e4m3, encode_e4m3
@@ -35,7 +35,7 @@ def _encode(out, numbers, BLOCK: tl.constexpr):
 def test_every_code_of_e4m3_is_decoded_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     out = torch.empty(256)
-    _decode_all[(1,)](out, codes)
+    launched(_decode_all[(1,)])(out, codes)
     expected = cache.decoded(codes)
     is_nan = expected.isnan()
     assert torch.equal(out[~is_nan], expected[~is_nan])
@@ -50,7 +50,7 @@ def test_numbers_become_the_nearest_code_of_e4m3() -> None:
     numbers = torch.cat((numbers, -numbers))
     padded = torch.nn.functional.pad(numbers, (0, 4096 - len(numbers)))
     out = torch.empty(4096, dtype=torch.uint8)
-    _encode[(1,)](out, padded, BLOCK=4096)
+    launched(_encode[(1,)])(out, padded, BLOCK=4096)
     assert torch.equal(out, cache.encoded(padded))
 
 
@@ -65,7 +65,7 @@ def test_stored_keys_and_values(dtype: torch.dtype, num_kv_heads: int, head_dim:
     k, v = fused[:, num_kv_heads : 2 * num_kv_heads], fused[:, 2 * num_kv_heads : 3 * num_kv_heads]
     slots = torch.tensor([17, 3, -1, 40, 0])
     caches = [torch.zeros((2, 3, 16, num_kv_heads, head_dim), dtype=torch.uint8 if is_fp8 else dtype) for _ in range(2)]
-    for store, (keys, values) in zip((cache.store_kv, cache.store_kv_twin), caches, strict=True):
+    for store, (keys, values) in zip((launched(cache.store_kv), cache.store_kv_twin), caches, strict=True):
         store(k, v, keys, values, slots, key_scale=0.5, value_scale=2.0)
     assert torch.equal(*caches)
     assert caches[0].any()
@@ -79,7 +79,7 @@ def test_a_norm_after_adding_to_the_residual(dtype: torch.dtype, size: int) -> N
     residual, x, weight = normal(3, size, seed=1), normal(3, 2 * size, dtype=dtype, seed=2)[:, :size], normal(size)
     expected_residual = residual.clone()
     expected = norm.add_rms_norm_twin(expected_residual, x, weight, 1e-5)
-    out = norm.add_rms_norm(residual, x, weight, 1e-5)
+    out = launched(norm.add_rms_norm)(residual, x, weight, 1e-5)
     assert torch.equal(residual, expected_residual)
     assert_within(out, expected)
     assert torch.equal(expected, RMSNorm(weight, 1e-5, dtype)(residual)), "the twin is what the layers compute"
@@ -95,7 +95,7 @@ def test_a_norm_of_every_head(dtype: torch.dtype, heads: int, size: int, *, is_f
     x = normal(2, heads + 2, size, dtype=torch.float32 if is_float32 else dtype)[:, 1 : heads + 1]
     weight = normal(size, seed=2)
     expected = norm.rms_norm_twin(x, weight, 1e-6, dtype)
-    assert_within(norm.rms_norm(x, weight, 1e-6, dtype), expected)
+    assert_within(launched(norm.rms_norm)(x, weight, 1e-6, dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,7 +108,7 @@ def test_rotation_in_place(dtype: torch.dtype, head_dim: int) -> None:
     expected = fused.clone()
     rotary.rotate_twin(expected[:, :10], cos, sin, positions)
     by_layers = rotate_of_layers(fused[:, :10], cos[positions][:, None], sin[positions][:, None]).to(dtype)
-    rotary.rotate(fused[:, :10], cos, sin, positions)
+    launched(rotary.rotate)(fused[:, :10], cos, sin, positions)
     assert torch.equal(fused, expected)
     assert torch.equal(expected[:, :10], by_layers), "the twin is what the layers compute"
 
@@ -120,5 +120,5 @@ def test_gate_and_mul(dtype: torch.dtype, name: Activation, size: int) -> None:
     gate_up = normal(3, 2 * size, dtype=dtype) * 4
     gate_up[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -20.0])
     expected = activation.gate_and_mul_twin(gate_up, name)
-    assert_within(activation.gate_and_mul(gate_up, name), expected)
+    assert_within(launched(activation.gate_and_mul)(gate_up, name), expected)
     assert_within(expected, gate_and_mul(gate_up, name), 2)

@@ -10,10 +10,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.engine.kernels.interpreted.conftest import normal
+from tests.engine.kernels.conftest import DEVICE
+from tests.engine.kernels.interpreted.conftest import launched, normal
 
 from octavo_engine.kernels import matmul, matmul_fp8, matmul_gguf, matmul_packed
-from octavo_engine.kernels.launch import TARGETS
+from octavo_engine.kernels.launch import TARGETS, target_of
 from octavo_engine.weights.quant_type import QuantType
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -54,7 +55,7 @@ def test_gptq(dtype: torch.dtype, bits: int, group_size: int, rows: int, columns
         matmul_packed.pack(weight, bits), in_columns(zeros, bits), scales, group_of_row, bits=bits
     )
     x = normal(rows, features, dtype=dtype)
-    out = matmul_packed.multiply_packed(x, packed)
+    out = launched(matmul_packed.multiply_packed)(x, packed)
     assert_close(out, matmul_packed.multiply_packed_twin(x, packed))
     assert_close(out, (x.float() @ numbers.to(dtype).float()).to(dtype))
 
@@ -72,7 +73,8 @@ def test_awq(dtype: torch.dtype) -> None:
     x = normal(5, 128, dtype=dtype)
     group_of_row = torch.arange(128) // 64
     numbers = (weight - zeros[group_of_row]).float() * scales.float()[group_of_row]
-    assert_close(matmul_packed.multiply_packed(x, packed), (x.float() @ numbers.to(dtype).float()).to(dtype))
+    out = launched(matmul_packed.multiply_packed)(x, packed)
+    assert_close(out, (x.float() @ numbers.to(dtype).float()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,13 +82,15 @@ def test_awq(dtype: torch.dtype) -> None:
 def test_activations_in_e4m3(dtype: torch.dtype, *, is_static: bool) -> None:
     x = normal(3, 1536, dtype=dtype) * torch.tensor([[1.0], [100.0], [0.0]], dtype=dtype)
     scale = torch.tensor([0.05]) if is_static else None
-    for out, expected in zip(matmul_fp8.quantize_rows(x, scale), matmul_fp8.quantize_rows_twin(x, scale), strict=True):
+    by_rows = launched(matmul_fp8.quantize_rows)(x, scale)
+    for out, expected in zip(by_rows, matmul_fp8.quantize_rows_twin(x, scale), strict=True):
         assert torch.equal(out, expected)
-    for out, expected in zip(matmul_fp8.quantize_groups(x), matmul_fp8.quantize_groups_twin(x), strict=True):
+    by_groups = launched(matmul_fp8.quantize_groups)(x)
+    for out, expected in zip(by_groups, matmul_fp8.quantize_groups_twin(x), strict=True):
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("capability", [80, 90])  # decoded, and as it is
+@pytest.mark.parametrize("capability", sorted({80, target_of(DEVICE).capability}))  # decoded, and as it is
 @pytest.mark.parametrize("scales", ["tensor", "channel", "block"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(3, 144), pytest.param(70, 256, marks=WIDE)])
@@ -104,7 +108,7 @@ def test_e4m3_times_e4m3(
         static = torch.tensor([0.01]) if scales == "tensor" else None
         x, x_scales = matmul_fp8.quantize_rows_twin(normal(rows, features, dtype=dtype), static)
         weight_scales = normal(1 if scales == "tensor" else columns, seed=3).abs()
-    out = matmul_fp8.multiply_fp8(x, weight, x_scales, weight_scales, dtype)
+    out = launched(matmul_fp8.multiply_fp8)(x, weight, x_scales, weight_scales, dtype)
     assert_close(out, matmul_fp8.multiply_fp8_twin(x, weight, x_scales, weight_scales, dtype))
 
 
@@ -126,7 +130,7 @@ def test_gguf(dtype: torch.dtype, quant_type: QuantType, rows: int, features: in
     packed = torch.from_numpy(raw.reshape(columns, row_bytes))
     x = normal(rows, features, dtype=dtype)
 
-    out = matmul_gguf.multiply_gguf(x, packed, quant_type)
+    out = launched(matmul_gguf.multiply_gguf)(x, packed, quant_type)
     assert_close(out, matmul_gguf.multiply_gguf_twin(x, packed, quant_type))
     by_ggml = gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType(int(quant_type)))
     assert_close(out, (x.float() @ torch.from_numpy(by_ggml).to(dtype).float().T).to(dtype))

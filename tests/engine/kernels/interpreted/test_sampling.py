@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tests.engine.kernels.interpreted.conftest import normal
+from tests.engine.kernels.interpreted.conftest import launched, normal
 
 from octavo_engine.kernels.sampling import FAILED, RowRules, exponentials_twin, kept_twin, sample, sample_twin
 from octavo_engine.plan import SamplingParams
@@ -45,7 +45,7 @@ def test_tokens_and_logprobs(size: int, seed: int, settings: list[tuple[float, i
     raw = normal(len(settings), size, seed=seed) * 3
     logits = raw - normal(len(settings), size, seed=9).abs()
     logits[:, 100:200] = -torch.inf
-    tokens, logprobs = sample(logits, raw, rules(settings, seed))
+    tokens, logprobs = launched(sample)(logits, raw, rules(settings, seed))
     expected, expected_logprobs = sample_twin(logits, raw, rules(settings, seed))
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=0, atol=2e-5)
@@ -54,14 +54,14 @@ def test_tokens_and_logprobs(size: int, seed: int, settings: list[tuple[float, i
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.kernels) for seed in range(1, 5))])
 def test_of_equal_tokens_those_with_lower_ids_are_kept(seed: int) -> None:
     logits = torch.randint(-3, 3, (len(TOGETHER), 528), generator=torch.Generator().manual_seed(seed)).float()
-    tokens, _ = sample(logits, logits, rules(TOGETHER, seed))
+    tokens, _ = launched(sample)(logits, logits, rules(TOGETHER, seed))
     assert torch.equal(tokens, sample_twin(logits, logits, rules(TOGETHER, seed))[0])
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
     logits = normal(5, 32)
     logits[1, 3], logits[2, 5], logits[3] = torch.nan, torch.inf, -torch.inf
-    tokens, _ = sample(logits, logits, rules([(1.0, 0, 1.0, 0.0)] * 5))
+    tokens, _ = launched(sample)(logits, logits, rules([(1.0, 0, 1.0, 0.0)] * 5))
     assert (tokens == FAILED).tolist() == [False, True, True, True, False]
 
 
