@@ -53,6 +53,8 @@ def _facts(service: Json, status: Json) -> Iterator[tuple[str, str]]:
         yield "", ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, dict | list))
     if profiles := service["spec"].get("profiles"):
         yield "Profiles", ", ".join(profile["name"] for profile in profiles)
+    if adapters := service["spec"].get("adapters"):
+        yield "Adapters", ", ".join(adapter["name"] for adapter in adapters)
     if "url" in status:
         yield "URL", status["url"]
     if "replicas" in status:

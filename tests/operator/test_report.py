@@ -79,10 +79,13 @@ def test_everything_that_is_known_is_on_one_page() -> None:
     ]
 
 
-def test_the_names_of_profiles_are_told() -> None:
+def test_the_names_of_profiles_and_adapters_are_told() -> None:
     of = service(condition("Ready", "True", "Ready", "1 of 1 pods serve the model"))
     of["spec"]["profiles"] = [{"name": "support"}, {"name": "greedy"}]
-    assert "  Profiles  support, greedy" in report(of, [], []).splitlines()
+    of["spec"]["adapters"] = [{"name": "sql", "source": "hf://org/sql-lora"}, {"name": "poet", "source": "pvc://a/b/"}]
+    lines = report(of, [], []).splitlines()
+    assert "  Profiles  support, greedy" in lines
+    assert "  Adapters  sql, poet" in lines
 
 
 def test_a_service_that_nobody_has_looked_at_says_so() -> None:
