@@ -55,6 +55,12 @@ def test_kubectl_get_shows_what_one_wants_to_know(served: Workspace) -> None:
     assert row.split()[:3] == ["smollm2", "True", "Ready"]
 
 
+def test_kubectl_waits_for_a_service_by_its_condition(served: Workspace) -> None:
+    waited = served.kubectl("wait", "ois/smollm2", "--for=condition=Ready", "--timeout=30s").stdout
+
+    assert waited.strip().endswith("condition met")
+
+
 def test_the_engine_runs_as_two_processes_of_a_user_without_rights_on_a_read_only_root(served: Workspace) -> None:
     def run(*command: str) -> str:
         return served.kubectl("exec", "deployment/smollm2", "--container=engine", "--", *command, check=False).stdout
