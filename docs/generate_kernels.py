@@ -69,7 +69,7 @@ HEAD: Final = f"""\
 # GPU kernels
 
 Written by `{COMMAND}` from the kernels themselves. They are in Triton, in
-engine/octavo_engine/kernels/; each has a twin in plain torch beside it.
+engine/octavo_engine/kernels/; each has a twin in plain torch beside it. How steps run on a GPU is in [gpu.md](gpu.md).
 
 ## What is proven, and what waits for a device
 
@@ -116,8 +116,8 @@ TAIL: Final = """
   a few hundred rows dequantising once and multiplying in bfloat16 would be faster; there is no switch for it yet.
 - The matrix products use plain loads, not TMA, and no warp specialisation: for large prefills expect less than a vendor
   library gives on Hopper. Unquantised products are torch's (cuBLAS) for that reason.
-- The tiles of attention are laid out on the host for the step at hand. A CUDA graph needs them padded to the batch that
-  it was captured for.
+- In a CUDA graph attention is cut into as many parts as the longest context asks for, whatever the contexts at hand:
+  with short ones most parts are empty, and cost their launch.
 - Sampling is one program a row: a batch of one uses one multiprocessor, and top-p reads its row some 70 times, from L2.
 """
 

@@ -1,4 +1,4 @@
-"""A StepPlan as tensors: where the functional plan meets the device. Called by runner.py.
+"""A StepPlan as tensors: where the functional plan meets the device. Called by steps.py and gpu/steps.py.
 
 It knows how tokens and blocks are laid out, and nothing about models or sampling.
 
@@ -16,7 +16,11 @@ import torch
 from octavo_engine.attention.base import AttentionMetadata
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from octavo_engine.plan import ScheduledRequest, StepPlan
+
+    Send = Callable[[Sequence[np.ndarray]], Sequence[torch.Tensor]]  # to the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,14 @@ class StepTensors:
 
 
 def build_step(plan: StepPlan, *, block_size: int, device: torch.device) -> StepTensors:
-    """Lay out a plan that has at least one request."""
+    """Lay out a plan that has at least one request, on a device that need not be spared waiting."""
+    return send_step(
+        plan, block_size=block_size, send=lambda pieces: [torch.from_numpy(piece).to(device) for piece in pieces]
+    )
+
+
+def send_step(plan: StepPlan, *, block_size: int, send: Send) -> StepTensors:
+    """Lay out a plan that has at least one request; `send` gets all int64 arrays at once."""
     requests = plan.requests
     query_lens = tuple(len(request.token_ids) for request in requests)
     context_lens = tuple(
@@ -45,19 +56,16 @@ def build_step(plan: StepPlan, *, block_size: int, device: torch.device) -> Step
     request_of_token = np.repeat(np.arange(len(requests)), query_lens)
     positions = np.arange(ends[-1]) + (np.array(context_lens) - ends)[request_of_token]
     slots = block_tables[request_of_token, positions // block_size] * block_size + positions % block_size
-
-    def on_device(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(device)
-
+    logits_rows = np.array(plan.logits_rows, dtype=np.int64)
+    input_ids, on_device_positions, rows, slot_mapping, tables = send(
+        (_token_ids(requests), positions, logits_rows, slots, block_tables)
+    )
     return StepTensors(
-        input_ids=on_device(_token_ids(requests)),
-        positions=on_device(positions),
-        logits_rows=on_device(np.array(plan.logits_rows, dtype=np.int64)),
+        input_ids=input_ids,
+        positions=on_device_positions,
+        logits_rows=rows,
         attention=AttentionMetadata(
-            slot_mapping=on_device(slots),
-            block_tables=on_device(block_tables),
-            query_lens=query_lens,
-            context_lens=context_lens,
+            slot_mapping=slot_mapping, block_tables=tables, query_lens=query_lens, context_lens=context_lens
         ),
     )
 

@@ -187,6 +187,7 @@ def run_engine(channel: EngineChannel, config: EngineConfig, load: LoadRunner) -
             eos_token_ids=model.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
             positions_a_token=model.positions_a_token,
+            reserves_ahead=model.facts.device == "cuda",
             speculation=speculation_of(config),
         )
         channel.send(model.facts)

@@ -17,7 +17,7 @@ from octavo_engine.cpu.library import best_library
 from octavo_engine.errors import ConfigError, HeadsNotDivisible, TensorParallelInvalid, UserError
 from octavo_engine.models.adapter import most_elements, read_adapter, stacked_rank
 from octavo_engine.models.checkpoint import read_checkpoint
-from octavo_engine.sizing import DraftSizes, Memory, MemoryPlan, in_mib
+from octavo_engine.sizing import DraftSizes, Measured, Memory, MemoryPlan, in_mib
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,8 +181,24 @@ def check_parallelism(model: Model, config: EngineConfig) -> None:
         )
 
 
-def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: ComputeDType, memory: Memory) -> Plan:
+def make_plan(
+    model: Model,
+    config: EngineConfig,
+    *,
+    device: str,
+    dtype: ComputeDType,
+    memory: Memory,
+    measured: Measured | None = None,
+) -> Plan:
     """Plan how `model` runs with these options on a device.
+
+    Args:
+        model: the model.
+        config: the options.
+        device: "cpu" or "cuda".
+        dtype: what is computed in.
+        memory: what there is of it.
+        measured: what the model takes, if it is loaded.
 
     Raises:
         UserError: it cannot; `facts` has what is known of the model and the arithmetic.
@@ -199,6 +215,7 @@ def make_plan(model: Model, config: EngineConfig, *, device: str, dtype: Compute
             memory=memory,
             draft=None if draft is None else draft[1],
             adapter_elements=_adapter_elements(model, config, device),
+            measured=measured,
         )
     except UserError as error:
         error.facts = model.facts() | error.facts

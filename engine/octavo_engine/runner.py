@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from octavo_engine import device as devices
-from octavo_engine import planning, resources, sampler, sizing
+from octavo_engine import planning, resources, sizing
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.library import best_library
 from octavo_engine.draft import Drafter
@@ -33,6 +33,7 @@ from octavo_engine.plan import (
     TokenLogprobs,
 )
 from octavo_engine.ranks import Ranks
+from octavo_engine.sampler import Chosen, TorchSampler, draws_for, prompt_logprobs
 from octavo_engine.steps import load_torch_steps
 from octavo_engine.weights.low_rank import load_low_rank
 from octavo_engine.weights.stored import WeightSource
@@ -44,48 +45,80 @@ if TYPE_CHECKING:
     from octavo_engine.config import EngineConfig
     from octavo_engine.models.adapter import Adapter
     from octavo_engine.models.spec import DecoderSpec
+    from octavo_engine.plan import Runner
     from octavo_engine.planning import Model, Plan
-    from octavo_engine.sampler import Draw
+    from octavo_engine.sampler import Draw, Draws, Sampler
     from octavo_engine.sizing import MemoryPlan
     from octavo_engine.steps import StepAdapters, Steps
+
+    OnProgress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
 
 _log = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 64  # enough to use every kernel
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step whose tokens are being drawn."""
+
+    plan: StepPlan
+    draws: Draws
+    states: torch.Tensor | None  # float32 [S, H], if any request asks for its state
+    drafted: tuple[tuple[int, ...], ...]
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+
+    def result(self) -> StepResult:
+        """What came of it; may wait for the device."""
+        results = self.draws.results()
+        if self.states is not None:
+            results = _with_states(results, self.plan, self.states)
+        return StepResult(self.plan.step, tuple(results), self.drafted, self.prompt_logprobs)
+
+
 class ModelRunner:
     """Computes StepPlans. The KV cache inside is addressed by the plans' block ids alone."""
 
-    def __init__(self, steps: Steps, *, seed: int, drafter: Drafter | None = None) -> None:
-        """Take a loaded model, the seed of requests that bring none, and a draft model if plans want its guesses."""
+    def __init__(
+        self, steps: Steps, *, seed: int, drafter: Drafter | None = None, sampler: Sampler | None = None
+    ) -> None:
+        """Take a loaded model.
+
+        Args:
+            steps: what computes it.
+            seed: of requests that bring none.
+            drafter: a draft model, if plans want its guesses.
+            sampler: what chooses tokens; None: torch, or the chooser of the steps.
+        """
         self._steps = steps
         self._seed = seed
         self._drafter = drafter
+        self._sampler = sampler or TorchSampler(steps.chooser)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and draw the tokens that it asks for."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """The same, but for waiting until the tokens are drawn, where the steps and the sampler need not wait."""
         drafted: tuple[tuple[int, ...], ...] = ()
         if self._drafter is not None:
             plan, drafted = self._drafter.complete(plan)
-        asking = [request for request in plan.requests if request.needs_token]
-        draws = [draw for request in asking for draw in sampler.draws_for(request, self._seed)]
+        draws = [draw for request in plan.requests if request.needs_token for draw in draws_for(request, self._seed)]
         states: torch.Tensor | None = None
-        if any(request.sampling.embed for request in asking):
+        if any(draw.sampling.embed for draw in draws):
             states = torch.empty(sum(request.num_logits for request in plan.requests), self._steps.hidden_size)
         logits = self.forward(plan, states=states)
         told = self._prompt_logprobs(plan, logits)
         logits = _drawn_from(plan, logits)
         try:
-            results = self._sample(logits, draws)
+            chosen = self._sample(logits, draws)
         except Exception:  # noqa: BLE001 - whatever it is, it shall not be the end of all requests
             _log.exception("sampling %d rows failed: sampling each by itself", len(draws))
             # Writes the same KV again; the sampler may have changed the first ones.
             logits = _drawn_from(plan, self.forward(plan, states=states))
-            results = [self._sample_alone(logits[row : row + 1], draw) for row, draw in enumerate(draws)]
-        if states is not None:
-            results = _with_states(results, plan, states)
-        return StepResult(plan.step, tuple(results), drafted, told)
+            chosen = Chosen([self._sample_alone(logits[row : row + 1], draw) for row, draw in enumerate(draws)])
+        return Launched(plan, chosen, states, drafted, told)
 
     @torch.inference_mode()
     def _prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> tuple[tuple[TokenLogprobs, ...], ...]:
@@ -96,18 +129,18 @@ class ModelRunner:
             begin, end = end, end + request.num_logits
             if targets := request.prompt_targets:
                 rows = logits[begin : begin + len(targets)]
-                told.append(tuple(sampler.prompt_logprobs(rows, targets, request.sampling.num_prompt_logprobs or 0)))
+                told.append(tuple(prompt_logprobs(rows, targets, request.sampling.num_prompt_logprobs or 0)))
         return tuple(told)
 
     @torch.inference_mode()
-    def _sample(self, logits: torch.Tensor, draws: list[Draw]) -> list[RequestResult]:
+    def _sample(self, logits: torch.Tensor, draws: list[Draw]) -> Draws:
         """Draw a token for each row."""
-        return sampler.sample(logits, draws, self._steps.chooser) if draws else []
+        return self._sampler.begin(logits, draws) if draws else Chosen([])
 
     def _sample_alone(self, logits: torch.Tensor, draw: Draw) -> RequestResult:
         """Draw for one row of a batch of which some row makes the sampler fail."""
         try:
-            (result,) = self._sample(logits, [draw])
+            (result,) = self._sample(logits, [draw]).results()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's alone
             problem = f"{type(error).__name__}: {error}"
             return RequestResult(error=f"no token can be chosen by the request's rules: {problem}")
@@ -124,7 +157,9 @@ class ModelRunner:
 def _drawn_from(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
     """Return a row of the plan's logits for each token to draw."""
     rows = _rows_to_draw_from(plan)
-    return logits if rows == list(range(len(logits))) else logits[rows]
+    if rows == list(range(len(logits))):
+        return logits
+    return logits.index_select(0, torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True))
 
 
 def _rows_to_draw_from(plan: StepPlan) -> list[int]:
@@ -193,9 +228,7 @@ def _with_states(results: list[RequestResult], plan: StepPlan, states: torch.Ten
     ]
 
 
-def load_runner(
-    config: EngineConfig, on_progress: Callable[[str, int, int], None], plan: Plan | None = None
-) -> LoadedModel:
+def load_runner(config: EngineConfig, on_progress: OnProgress, plan: Plan | None = None) -> LoadedModel:
     """Check that the model can run here, load it and compute a first step.
 
     Args:
@@ -215,25 +248,12 @@ def load_runner(
     if device.type == "cuda":
         devices.require_gpus(plan.num_devices)
     _log.info("%s", plan.describe())
-    checkpoint, memory, spec = plan.model.checkpoint, plan.memory, plan.model.spec
     num_threads = max(1, resources.num_threads() // plan.num_devices)
     torch.set_num_threads(num_threads)
-
-    def loading(phase: str) -> Callable[[int, int], None]:
-        return lambda done, total: on_progress(phase, done, total)
-
-    steps: Steps
-    ranks: Ranks | None = None
-    if plan.num_devices > 1:
-        ranks = Ranks(plan.num_devices, devices.of_rank(device.type, 0))
-        dtype = devices.torch_dtype(plan.dtype)
-        steps = ranks.load(checkpoint, memory, dtype=dtype, num_threads=num_threads, on_progress=loading("Loading"))
-    else:
-        steps = _load_steps(plan, num_threads, loading("Loading"))
-    drafter = Drafter(_load_steps(plan.draft, num_threads, loading("LoadingDraft"))) if plan.draft else None
-    runner = ModelRunner(steps, seed=config.seed, drafter=drafter)
+    loaded = _load(plan, config, num_threads, on_progress)
+    memory, spec, ranks = loaded.plan.memory, plan.model.spec, loaded.ranks
     on_progress("Warmup", 0, 1)
-    _warm_up(runner, config, memory)
+    _warm_up(loaded.runner, config, memory)
     on_progress("Warmup", 1, 1)
     facts = EngineFacts(
         max_model_len=memory.max_model_len,
@@ -242,16 +262,50 @@ def load_runner(
         dtype=plan.dtype,
         cache_dtype=plan.cache_dtype,
         device=device.type,
-        num_parameters=checkpoint.num_parameters,
+        num_parameters=plan.model.checkpoint.num_parameters,
         rank_pids=() if ranks is None else ranks.pids,
     )
     adapters = None
     if config.num_adapter_slots or config.adapters:
-        assert steps.adapters is not None, "what takes none is refused with the options"
-        adapters = AdapterLoader(steps.adapters, spec, config)
+        assert loaded.steps.adapters is not None, "what takes none is refused with the options"
+        adapters = AdapterLoader(loaded.steps.adapters, spec, config)
     period = sizing.positions_a_token(spec, memory.max_model_len) if device.type == "cpu" else None
-    loaded = LoadedModel(runner, facts, spec.eos_token_ids, spec.vocab_size, period, adapters)
-    return loaded if ranks is None else replace(loaded, check=ranks.check)
+    served = LoadedModel(loaded.runner, facts, spec.eos_token_ids, spec.vocab_size, period, adapters)
+    return served if ranks is None else replace(served, check=ranks.check)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that can run plans."""
+
+    runner: Runner
+    steps: Steps
+    plan: Plan  # with the sizes that it has
+    ranks: Ranks | None = None  # that share it, if there are several
+
+
+def _load(plan: Plan, config: EngineConfig, num_threads: int, on_progress: OnProgress) -> Loaded:
+    """Load the model of a plan in the way that its devices need."""
+    if plan.num_devices == 1 and plan.device == "cuda":
+        from octavo_engine.gpu.accelerator import Cuda  # noqa: PLC0415 - what comes with it is not there without a GPU
+        from octavo_engine.gpu.load import load_on_gpu  # noqa: PLC0415 - the same
+
+        return load_on_gpu(plan, config, Cuda(torch.device(plan.device)), on_progress)
+
+    def loading(phase: str) -> Callable[[int, int], None]:
+        return lambda done, total: on_progress(phase, done, total)
+
+    ranks: Ranks | None = None
+    if plan.num_devices > 1:
+        ranks = Ranks(plan.num_devices, devices.of_rank(plan.device, 0))
+        dtype, load = devices.torch_dtype(plan.dtype), loading("Loading")
+        steps: Steps = ranks.load(
+            plan.model.checkpoint, plan.memory, dtype=dtype, num_threads=num_threads, on_progress=load
+        )
+    else:
+        steps = _load_steps(plan, num_threads, loading("Loading"))
+    drafter = Drafter(_load_steps(plan.draft, num_threads, loading("LoadingDraft"))) if plan.draft else None
+    return Loaded(ModelRunner(steps, seed=config.seed, drafter=drafter), steps, plan, ranks)
 
 
 def _plan(model: Model, config: EngineConfig, device: torch.device) -> Plan:
@@ -286,7 +340,7 @@ def _load_steps(plan: Plan, num_threads: int, on_progress: Callable[[int, int], 
     return decoder
 
 
-def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> None:
+def _warm_up(runner: Runner, config: EngineConfig, plan: MemoryPlan) -> None:
     """Compute one prefill and one decode, so that kernels are built and memory is touched before the first request."""
     num_tokens = min(_WARM_UP_TOKENS, config.max_num_batched_tokens, plan.max_model_len - 1)
     num_blocks = -(-(num_tokens + 1) // plan.block_size)

@@ -81,6 +81,44 @@ class Chooser(Protocol):
         ...
 
 
+class Draws(Protocol):
+    """Tokens that are being chosen."""
+
+    def results(self) -> list[RequestResult]:
+        """A token for each row, or its error; may wait for the device."""
+        ...
+
+
+class Sampler(Protocol):
+    """Chooses the tokens of a step."""
+
+    def begin(self, logits: torch.Tensor, draws: Sequence[Draw]) -> Draws:
+        """Choose a token for each row of logits [S, V], which are changed in place; see `sample`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Tokens that have been chosen. See Draws."""
+
+    chosen: list[RequestResult]
+
+    def results(self) -> list[RequestResult]:
+        """See Draws."""
+        return self.chosen
+
+
+class TorchSampler:
+    """Chooses in torch, or by what does it faster. See Sampler."""
+
+    def __init__(self, chooser: Chooser | None) -> None:
+        self._chooser = chooser
+
+    def begin(self, logits: torch.Tensor, draws: Sequence[Draw]) -> Chosen:
+        """See Sampler; nothing is left to be done after it."""
+        return Chosen(sample(logits, draws, self._chooser))
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """How the token of one row is chosen."""
@@ -95,6 +133,11 @@ class Draw:
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return self.sampling.temperature < _GREEDY_BELOW
+
+    @property
+    def seed(self) -> int:
+        """What a generator of random numbers may begin with: of 63 bits."""
+        return int.from_bytes(hashlib.blake2b(self.source.encode(), digest_size=8).digest()) >> 1
 
     def uniform(self, attempt: int) -> float:
         """Return the random number of one attempt, in [0, 1)."""
@@ -135,9 +178,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw], chooser: Chooser | None 
     logits = vocabulary.padded(logits.float())
     asking = [row for row, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]
     raw = logits[asking]
-    _apply_bias(logits, draws)
-    _apply_penalties(logits, draws)
-    failures = _apply_grammars(logits, draws)
+    failures = apply_rules(logits, draws)
 
     random = [row for row, draw in enumerate(draws) if not draw.is_greedy]
     sorting = [row for row in random if 0 < draws[row].sampling.top_k < vocab_size]
@@ -178,6 +219,17 @@ def prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], num: int) -> l
     return [
         TokenLogprobs(one.logprob, one.top, rank) for one, rank in zip(_logprobs(logits, asked), ranks, strict=True)
     ]
+
+
+def apply_rules(logits: torch.Tensor, draws: Sequence[Draw]) -> dict[int, str]:
+    """Change logits, float32 [S, V], by the rules that come before temperatures, in place.
+
+    Returns:
+        Why rows that their grammars let nothing follow cannot go on; all is forbidden in them.
+    """
+    _apply_bias(logits, draws)
+    _apply_penalties(logits, draws)
+    return _apply_grammars(logits, draws)
 
 
 def _apply_bias(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
@@ -230,9 +282,8 @@ def _apply_grammars(logits: torch.Tensor, draws: Sequence[Draw]) -> dict[int, st
         except GenerationFailed as error:
             failures[row] = str(error)
     allowed = np.unpackbits(masks, axis=1, count=logits.shape[1], bitorder="little")
-    forbidden = torch.from_numpy(allowed == 0).to(logits.device)
-    rows = [row for row, _ in grammars]
-    logits[rows] = _rows(logits, rows).masked_fill(forbidden, -torch.inf)
+    rows = _like(logits, np.array([row for row, _ in grammars]))
+    logits[rows] = _rows(logits, rows).masked_fill(_like(logits, allowed == 0), -torch.inf)
     return failures
 
 
@@ -254,18 +305,12 @@ class _Entries:
         """Return rows and ids of all entries."""
         rows = np.repeat(self.rows, [len(ids) for ids in self._ids])
         kept = self._kept(logits)
-        return (
-            torch.from_numpy(rows[kept]).to(logits.device),
-            torch.from_numpy(np.concatenate(self._ids)[kept]).to(logits.device),
-        )
+        return _like(logits, rows[kept]), _like(logits, np.concatenate(self._ids)[kept])
 
     def columns(self, logits: torch.Tensor) -> list[torch.Tensor]:
         """Return each column over all entries, in the order of `index`."""
         kept = self._kept(logits)
-        return [
-            torch.from_numpy(np.concatenate(column)[kept]).to(logits.device)
-            for column in zip(*self._columns, strict=True)
-        ]
+        return [_like(logits, np.concatenate(column)[kept]) for column in zip(*self._columns, strict=True)]
 
     def _kept(self, logits: torch.Tensor) -> np.ndarray:
         ids = np.concatenate(self._ids)
@@ -277,7 +322,7 @@ def _choose(chooser: Chooser, logits: torch.Tensor, draws: Sequence[Draw], drawi
     """Draw for some rows without top-k, and take the most likely token for the others, or _NO_TOKEN."""
     inverse_temperatures = np.zeros(len(draws), dtype=np.float32)
     for row in drawing:
-        inverse_temperatures[row] = _inverse_temperature(draws[row])
+        inverse_temperatures[row] = inverse_temperature(draws[row])
     rules = RowRules(
         inverse_temperatures,
         np.array([draw.sampling.min_p for draw in draws], dtype=np.float32),
@@ -380,12 +425,17 @@ def _rows(values: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> torch.Ten
     return values if len(rows) == len(values) else values[rows]
 
 
+def _like(logits: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    """On the device of the logits, which is not awaited."""
+    return torch.from_numpy(values).to(logits.device, non_blocking=True)
+
+
 def _inverse_temperatures(draws: Sequence[Draw], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return [R, 1]."""
-    return _column([_inverse_temperature(draw) for draw in draws], device, dtype)
+    return _column([inverse_temperature(draw) for draw in draws], device, dtype)
 
 
-def _inverse_temperature(draw: Draw) -> float:
+def inverse_temperature(draw: Draw) -> float:
     """Never 0, as -inf times 0 is no number: a temperature that high only tends to the uniform."""
     return max(1 / draw.sampling.temperature, _TINY)
 

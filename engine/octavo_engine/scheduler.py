@@ -27,6 +27,9 @@ With speculative decoding, decodes may compute guesses at what comes next too, o
 leaves. A guess that is drawn is a token like any other; what follows one that is not is forgotten, and its slots are
 written again. A request's outcome does not depend on its guesses.
 
+Where the device begins the next step before its plan is made (`reserves_ahead`: gpu/runner.py), requests that generate
+get the block for the token after the one that is being drawn in this step already, if one is free.
+
 A full block is offered to the prefix cache once a token sampled after it was sound, so that a request whose KV is
 spoilt (NaN) spoils nobody else's; one that is preempted before finds its own blocks alone. The blocks of ended and
 preempted requests stay in the cache until memory is needed; after an error they are forgotten.
@@ -72,6 +75,7 @@ class Scheduler:
         eos_token_ids: the model's end-of-sequence tokens.
         enable_prefix_caching: whether requests find the KV of others that began alike.
         positions_a_token: what LoadedModel says; see prefills.py.
+        reserves_ahead: whether the next step may be begun before its plan is made; see above.
         speculation: what guesses come from, with speculative decoding.
     """
 
@@ -86,6 +90,7 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         enable_prefix_caching: bool = True,
         positions_a_token: int | None = None,
+        reserves_ahead: bool = False,
         speculation: Speculation | None = None,
     ) -> None:
         assert max_model_len <= num_blocks * block_size, "a request of max_model_len tokens must fit alone"
@@ -98,6 +103,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
         self._prefill_rule = PrefillRule(positions_a_token)
+        self._reserves_ahead = reserves_ahead
         self._speculation = speculation
         self._requests: dict[str, list[Request]] = {}  # the living choices of every request
         self._running: list[Request] = []  # in order
@@ -180,6 +186,8 @@ class Scheduler:
             scheduled += [self._share_of_prompt(request, num_tokens) for request, num_tokens in shares]
         if self._speculation is not None:
             self._add_guesses(scheduled, budget)
+        if self._reserves_ahead:
+            self._reserve_ahead(scheduled)
         return StepPlan(self._step, tuple(scheduled), tuple(self._copies)) if scheduled else None
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[RequestUpdate, ...]:
@@ -350,6 +358,21 @@ class Scheduler:
             if guesses:
                 budget -= len(guesses)
                 scheduled[place] = _share(request, (request.token_ids[-1], *guesses), True, len(guesses))
+
+    def _reserve_ahead(self, scheduled: list[ScheduledRequest]) -> None:
+        """Give those of the plan that go on a slot for the token that they draw, as far as there are free blocks."""
+        for place, request in enumerate(self._in_step):
+            num_tokens = request.num_tokens + 1
+            if (
+                scheduled[place].needs_token
+                and request.num_choices == 1
+                and len(request.block_ids) * self._kv.block_size < num_tokens < request.max_num_tokens
+            ):
+                block_ids = self._kv.extend(request.block_ids, num_tokens)
+                if block_ids is None:
+                    return
+                request.block_ids = block_ids
+                scheduled[place] = replace(scheduled[place], block_ids=block_ids)
 
     def _accept(self, request: Request, proposed: tuple[int, ...], rows: list[RequestResult]) -> list[RequestResult]:
         """Take in the guesses that were drawn, and return their rows with the one after them, the next to be taken."""

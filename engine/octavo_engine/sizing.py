@@ -82,6 +82,15 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a loaded model was seen to take of a GPU, a draft model beside it included."""
+
+    weight_bytes: int
+    work_bytes: int  # the peak of the largest step and of the graphs
+    max_model_len: int  # that it was loaded for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Where the memory of one device goes, and what that allows."""
 
@@ -120,6 +129,7 @@ def plan_memory(
     memory: Memory,
     draft: DraftSizes | None = None,
     adapter_elements: int = 0,
+    measured: Measured | None = None,
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -131,6 +141,7 @@ def plan_memory(
         memory: what there is.
         draft: a draft model beside it, on one device; its part of everything is counted with the model's.
         adapter_elements: numbers in LoRA adapters that there is to be room for.
+        measured: what the model takes once it is loaded, instead of what its header lets expect.
 
     Raises:
         ConfigError: --max-model-len exceeds what the model was trained for.
@@ -145,22 +156,26 @@ def plan_memory(
     share = spec.share(ranks)
     block_size = config.block_size or BLOCK_SIZES[memory.device]
     kv_bytes_per_token = _kv_bytes_per_token(share, dtype, block_size, native=memory.native)
+    adapter_bytes = adapter_elements * (_NATIVE_ADAPTER_BYTES if memory.native else _DTYPE_BYTES[dtype])
     fixed = {
         "process": memory.process_bytes,
         "margin": int(memory.available_bytes * MARGIN),
-        "weight": weight_bytes(spec, tensors, dtype, ranks, native=memory.native)
-        + adapter_elements * (_NATIVE_ADAPTER_BYTES if memory.native else _DTYPE_BYTES[dtype]),
+        "weight": weight_bytes(spec, tensors, dtype, ranks, native=memory.native) + adapter_bytes,
         "work": _work_bytes(share, config, dtype, native=memory.native),
     }
     if draft is not None:
         kv_bytes_per_token += _kv_bytes_per_token(draft.spec, draft.dtype, block_size, native=draft.native)
         fixed["weight"] += weight_bytes(draft.spec, draft.tensors, draft.dtype, ranks, native=draft.native)
         fixed["work"] += _work_bytes(draft.spec, config, draft.dtype, native=draft.native)
+    longest = spec.max_context
+    if measured is not None:
+        fixed |= {"weight": measured.weight_bytes + adapter_bytes, "work": measured.work_bytes}
+        longest = measured.max_model_len
     block_bytes = block_size * kv_bytes_per_token
     budget = _kv_budget(spec, config, memory, fixed, kv_bytes_per_token)
     affordable_blocks = budget // block_bytes
     affordable_tokens = affordable_blocks * block_size
-    needed = config.max_model_len or min(spec.max_context, MIN_AUTO_MODEL_LEN)
+    needed = config.max_model_len or min(longest, MIN_AUTO_MODEL_LEN)
     if affordable_tokens < needed:
         way_out = "lower --max-model-len" if config.max_model_len else "raise --kv-cache-memory-bytes"
         raise ModelDoesNotFit(
@@ -169,7 +184,7 @@ def plan_memory(
             f"({_arithmetic(memory, fixed)}): {way_out} or give the process more memory",
             facts=_facts(memory, fixed) | {"kvBytesPerToken": kv_bytes_per_token, "neededTokens": needed},
         )
-    max_model_len = config.max_model_len or min(spec.max_context, affordable_tokens)
+    max_model_len = config.max_model_len or min(longest, affordable_tokens)
     useful_blocks = config.max_num_seqs * -(-max_model_len // block_size)
     return MemoryPlan(
         available_bytes=memory.available_bytes,

@@ -44,6 +44,16 @@ class StepAdapters(Protocol):
         ...
 
 
+class MakeAttention(Protocol):
+    """The class of a backend, or what calls it."""
+
+    def __call__(
+        self, shape: CacheShape, rules: AttentionRules, *, dtype: torch.dtype, device: torch.device
+    ) -> AttentionBackend:
+        """Reserve the cache."""
+        ...
+
+
 class Steps(Protocol):
     """A loaded model with its KV cache, which the plans' block ids alone address."""
 
@@ -127,6 +137,33 @@ def load_torch_steps(
     Raises:
         ModelInvalid, ModelUnsupported: a tensor is missing, has another shape than the description says, or is unknown.
     """
+    model, attention = load_torch_model(
+        checkpoint,
+        memory,
+        dtype=dtype,
+        device=device,
+        make_attention=_attention_for(dtype, device),
+        on_progress=on_progress,
+        ranks=ranks,
+    )
+    return TorchSteps(model, attention, block_size=memory.block_size, device=device)
+
+
+def load_torch_model(
+    checkpoint: Checkpoint,
+    memory: MemoryPlan,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    make_attention: MakeAttention,
+    on_progress: Callable[[int, int], None],
+    ranks: Communicator = ALONE,
+) -> tuple[TorchDecoder, AttentionBackend]:
+    """The parts of load_torch_steps, with the attention that is given.
+
+    Raises:
+        ModelInvalid, ModelUnsupported: see there.
+    """
     spec = checkpoint.spec
     shape = CacheShape(
         num_layers=spec.num_layers,
@@ -136,19 +173,19 @@ def load_torch_steps(
         head_dim=spec.head_dim,
     )
     rules = AttentionRules(scale=spec.attention_scale, windows=spec.windows, softcap=spec.attention_softcap)
-    attention = _attention(shape, rules, dtype, device)
+    attention = make_attention(shape, rules, dtype=dtype, device=device)
     weights = WeightSource(checkpoint, on_progress=on_progress, shard=Shard(ranks.rank, ranks.size))
     model = TorchDecoder(
         spec, weights, attention, num_positions=memory.max_model_len, dtype=dtype, device=device, ranks=ranks
     )
     weights.check_all_read()
-    return TorchSteps(model, attention, block_size=memory.block_size, device=device)
+    return model, attention
 
 
-def _attention(shape: CacheShape, rules: AttentionRules, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+def _attention_for(dtype: torch.dtype, device: torch.device) -> MakeAttention:
     """Kernels where there is a GPU; torch elsewhere, and for float32, whose promise of equal results only it keeps."""
     if device.type == "cuda" and dtype != torch.float32:
         from octavo_engine.attention.triton import TritonAttention  # noqa: PLC0415 - Triton is not there without a GPU
 
-        return TritonAttention(shape, rules, dtype=dtype, device=device)
-    return ReferenceAttention(shape, rules, dtype=dtype, device=device)
+        return TritonAttention
+    return ReferenceAttention

@@ -57,6 +57,10 @@ class AttentionBackend(ABC):
     """Causal attention with grouped query heads, over blocks of keys and values."""
 
     @abstractmethod
+    def reserve(self, num_blocks: int) -> None:
+        """Have a cache of so many blocks instead of the one so far, whose contents are lost."""
+
+    @abstractmethod
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy the KV of whole blocks in every layer, before the step stores any: (source, destination) block ids.
 

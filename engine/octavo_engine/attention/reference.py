@@ -21,7 +21,7 @@ request (a multiple of the block size), Q tokens of each request in a group (1 f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,10 +30,9 @@ import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 from octavo_engine.attention.base import AttentionBackend
 
 if TYPE_CHECKING:
-    from octavo_engine.attention.base import AttentionMetadata, AttentionRules, CacheShape
-
-if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from octavo_engine.attention.base import AttentionMetadata, AttentionRules, CacheShape
 
 # Keys of one group are gathered into at most so many bytes (more only if one request needs them), the values likewise.
 _MAX_GATHER_BYTES = 32 * 1024 * 1024
@@ -54,25 +53,31 @@ class ReferenceAttention(AttentionBackend):
     """Gathers blocks, then calls torch's own attention."""
 
     def __init__(self, shape: CacheShape, rules: AttentionRules, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Reserve the cache, plus one block of zeros for padding."""
+        """Reserve the cache."""
         assert len(rules.windows) == shape.num_layers, "a window, or None, for every layer"
-        self._shape = shape
         self._rules = rules
         self._windows = tuple(dict.fromkeys(rules.windows))  # each that occurs
         self._dtype = dtype
         self._device = device
         self._slot_elements = shape.num_kv_heads * shape.head_dim
-        size = (shape.num_layers, shape.num_blocks + 1, shape.block_size, self._slot_elements)
-        # Not zeroed as a whole: memory of blocks that are never used is never touched, and so costs nothing on a CPU.
-        self._keys = torch.empty(size, dtype=dtype, device=device)
-        self._values = torch.empty(size, dtype=dtype, device=device)
-        for cache in (self._keys, self._values):
-            cache[:, shape.num_blocks] = 0
+        self._keys = self._values = torch.empty(0, dtype=dtype, device=device)
+        self._shape = shape
+        self.reserve(shape.num_blocks)
         self._compute_dtype = torch.float64 if dtype == torch.float32 else dtype
         self._workspace = torch.empty((2, 0), dtype=self._compute_dtype, device=device)
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
         self._fresh_blocks = torch.empty(0, dtype=torch.int64, device=device)
         self._groups: list[_Group] = []
+
+    def reserve(self, num_blocks: int) -> None:
+        """Reserve them, plus one block of zeros for padding."""
+        shape = self._shape = replace(self._shape, num_blocks=num_blocks)
+        size = (shape.num_layers, shape.num_blocks + 1, shape.block_size, self._slot_elements)
+        self._keys = self._values = self._keys.new_empty(0)  # the old ones are free before there are new ones
+        # Not zeroed as a whole: memory of blocks that are never used is never touched, and so costs nothing on a CPU.
+        self._keys, self._values = self._keys.new_empty(size), self._keys.new_empty(size)
+        for cache in (self._keys, self._values):
+            cache[:, shape.num_blocks] = 0
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy all of them at once, layer by layer."""

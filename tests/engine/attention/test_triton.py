@@ -66,7 +66,7 @@ def test_long_contexts_that_are_cut_into_parts_equal_dense_attention() -> None:
         caches = (backend._keys[layer], backend._values[layer])
         store_kv_twin(sequences.k[layer][0].to(DEVICE), sequences.v[layer][0].to(DEVICE), *caches, slots.to(DEVICE))
     sequences.step({0: 1, 1: 3})
-    assert [tiles.num_parts for tiles in backend._tiles] == [2]
+    assert [tiles.num_parts for tiles in backend._laid_out(4).tiles] == [2]
 
 
 def test_a_cache_in_e4m3_is_within_its_own_rounding() -> None:
