@@ -33,6 +33,7 @@ from octavo_engine.kernels import (
 )
 from octavo_engine.kernels.catalogue import KERNELS
 from octavo_engine.kernels.launch import TARGETS, Kernel, ceil_div
+from octavo_engine.kernels.suite import LAUNCHED
 from octavo_engine.weights.quant_type import QuantType
 
 if TYPE_CHECKING:
@@ -197,23 +198,27 @@ def proof(entry: Entry) -> str:
 
 @functools.cache
 def importers() -> dict[str, list[str]]:
-    """By module of a kernel: the files of the engine, outside kernels/, that import it."""
+    """By module of a kernel: the files of the engine, outside kernels/, that import it or take it out of the suite."""
     package = f"{kernels.__name__}"
     found: dict[str, list[str]] = {}
     for path in sorted((ENGINE / "octavo_engine").rglob("*.py")):
         if path.parent.name == "kernels":
             continue
+        name_in_package = str(path.relative_to(ENGINE / "octavo_engine"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self._kernels":
+                launcher = getattr(LAUNCHED, node.attr, None)
+                found.setdefault(getattr(launcher, "__module__", ""), []).append(name_in_package)
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(package):
                 continue
             names = [f"{package}.{alias.name}" for alias in node.names] if node.module == package else [node.module]
             for name in names:
-                found.setdefault(str(name), []).append(str(path.relative_to(ENGINE / "octavo_engine")))
+                found.setdefault(str(name), []).append(name_in_package)
     return found
 
 
 def users_of(kernel: Kernel) -> list[str]:
-    """The files that import the module of a kernel."""
+    """The files that use the module of a kernel."""
     return list(dict.fromkeys(importers().get(kernel.function.__module__, [])))
 
 
