@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from octavo_engine.errors import ConfigError
+from octavo_engine.modelfile import Modelfile, parse_modelfile
 from octavo_engine.profiles import Profiles, read_profiles
 from octavo_engine.server.service import Service
 from octavo_engine.store.local import Location
@@ -41,8 +42,14 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def service(engine: FakeEngine, config: ServerConfig, file: Path) -> Service:
-    location = Location(name="fake", path=config.engine.model)
+def modelfile() -> Modelfile | None:
+    """What the model was made by; a test may parametrize it."""
+    return None
+
+
+@pytest.fixture
+def service(engine: FakeEngine, config: ServerConfig, file: Path, modelfile: Modelfile | None) -> Service:
+    location = Location(name="fake", path=config.engine.model, modelfile=modelfile)
     return Service(replace(config, profiles=file), location, Hub(), spawn=engine.spawn)
 
 
@@ -68,6 +75,14 @@ async def test_each_name_has_its_own_ways_on_the_same_engine(
     assert "\nSYSTEM S\n" in ((await ollama.show("support")).modelfile or "")
     assert "SYSTEM" not in ((await ollama.show("fake")).modelfile or "")
     assert len(engine.processes) == 1
+
+
+@pytest.mark.parametrize("modelfile", [Modelfile(source="fake", adapter="adapters/poet", system="Rhyme.")])
+async def test_profiles_of_a_model_with_an_adapter_have_it_too(ready: httpx.AsyncClient, ollama: AsyncClient) -> None:
+    for name in ("fake", "support"):
+        assert (await content_of(ready, name))[0] == "I am poet, number 1."
+    shown = parse_modelfile((await ollama.show("support")).modelfile or "")
+    assert (shown.adapter, shown.system, shown.parameters) == ("adapters/poet", "S", {"stop": (" is",)})
 
 
 async def test_a_changed_file_counts_at_once_and_a_wrong_one_does_not(ready: httpx.AsyncClient, file: Path) -> None:
