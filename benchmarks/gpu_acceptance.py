@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 RESULTS: Final = paths.PROJECT / "benchmarks" / "results"
 SWEEP: Final = ("tests/engine/kernels/interpreted", "tests/engine/attention/test_triton.py")
 RANKS: Final = "tests/engine/parallel/test_families.py"
-_TRIES: Final = 20  # of a step; the fastest counts
+_NUM_STEPS: Final = 20  # of each size; the median counts
 _PART_SECONDS: Final = 4 * 3600.0
 
 # Qwen3-0.6B, from its config.json.
@@ -327,7 +328,7 @@ def throughput(setting: Setting, path: Path) -> list[dict[str, Any]]:
 
 
 def decode(setting: Setting, path: Path) -> list[dict[str, Any]]:
-    """The fastest step of each size, in this process: seconds, and the shares of what memory and arithmetic allow."""
+    """Steps of each size, in this process: seconds of one, and the shares of what memory and arithmetic allow."""
     from octavo_bench import steps
     from octavo_engine.config import EngineConfig
     from octavo_engine.runner import load_runner
@@ -342,21 +343,25 @@ def decode(setting: Setting, path: Path) -> list[dict[str, Any]]:
     rows = []
     for batch in setting.batches:
         row: dict[str, Any] = {"requests": batch, "context": setting.context, "seconds": None}
-        plan = steps.decodes(batch, context=setting.context, block_size=loaded.facts.block_size)
+        plan = steps.decodes(
+            batch, context=setting.context, block_size=loaded.facts.block_size, num_steps=_NUM_STEPS + 1
+        )
         if max(plan.requests[-1].block_ids) < loaded.facts.num_blocks:
-            seconds = min(_timed(lambda plan=plan: loaded.runner.execute(plan)) for _ in range(_TRIES))  # type: ignore[misc]
+            for prompt in steps.prompts(plan):
+                loaded.runner.execute(prompt)
+            times = []
+            for _ in range(_NUM_STEPS):  # one after the other, so that a device may go ahead of the host
+                started = time.perf_counter()
+                result = loaded.runner.execute(plan)
+                times.append(time.perf_counter() - started)
+                plan = steps.after(plan, result)
+            seconds = statistics.median(times)
             by_memory, by_arithmetic = results.roofline(
                 speeds, sizes, batch, batch * setting.context, bytes_per_step=num_bytes, peak=_peak(setting)
             )
             row |= {"seconds": seconds, "memory": by_memory / seconds, "arithmetic": by_arithmetic / seconds}
         rows.append(row)
     return rows
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()  # its tokens come to the host, so it waits for the device
-    return time.perf_counter() - started
 
 
 def _peak(setting: Setting) -> str:

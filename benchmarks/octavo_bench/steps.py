@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, get_args
 
+from msgspec.structs import replace
+
 from octavo_cluster.model import demo_model
 from octavo_engine import resources
 from octavo_engine.cpu.compute import Compute
@@ -20,6 +22,9 @@ from octavo_engine.weights.stored import WeightSource
 
 if TYPE_CHECKING:
     import ctypes
+    from collections.abc import Iterator
+
+    from octavo_engine.plan import StepResult
 
 # ruff: noqa: T201 - printing is what this is for
 
@@ -69,14 +74,30 @@ def _load(library: ctypes.CDLL, compute: Compute) -> CpuDecoder:
     )
 
 
-def decodes(num_sequences: int, *, context: int, block_size: int) -> StepPlan:
-    """A step that brings each of some sequences, which hold `context` tokens, a further one."""
-    width = context // block_size + 1
+def decodes(num_sequences: int, *, context: int, block_size: int, num_steps: int = 1) -> StepPlan:
+    """A step that brings each of some sequences, which hold `context` tokens, a further one; with blocks for more."""
+    width = (context + num_steps - 1) // block_size + 1
     requests = [
         _request(number, (1000 + number,), context, range(number * width, (number + 1) * width))
         for number in range(num_sequences)
     ]
     return StepPlan(0, tuple(requests))
+
+
+def prompts(plan: StepPlan) -> Iterator[StepPlan]:
+    """Steps that compute what the sequences of one of `decodes` hold, one after the other."""
+    for request in plan.requests:
+        token_ids = tuple(range(1000, 1000 + request.num_computed_tokens))
+        yield StepPlan(plan.step, (replace(request, token_ids=token_ids, num_computed_tokens=0),))
+
+
+def after(plan: StepPlan, result: StepResult) -> StepPlan:
+    """The step that follows one of `decodes`."""
+    requests = [
+        replace(request, token_ids=(one.token_id,), num_computed_tokens=request.num_computed_tokens + 1)
+        for request, one in zip(plan.requests, result.results, strict=True)
+    ]
+    return StepPlan(plan.step + 1, tuple(requests))
 
 
 def _prompt(num_tokens: int) -> StepPlan:
@@ -85,7 +106,7 @@ def _prompt(num_tokens: int) -> StepPlan:
 
 
 def _request(number: int, token_ids: tuple[int, ...], num_before: int, blocks: range) -> ScheduledRequest:
-    sampling = SamplingParams(max_tokens=1)
+    sampling = SamplingParams(max_tokens=2**20, temperature=0.0)
     return ScheduledRequest(str(number), token_ids, num_before, tuple(blocks), needs_token=True, sampling=sampling)
 
 
