@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed_to
@@ -20,8 +21,10 @@ from octavo_engine.messages import AddRequest
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
 from octavo_engine.runner import ModelRunner
 from octavo_engine.speculation import LookupProposer, Speculation
+from octavo_engine.weights.low_rank import LowRank
 
 if TYPE_CHECKING:
+    from octavo_engine.models.adapter import Place
     from octavo_engine.plan import Runner
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -290,3 +293,24 @@ def test_in_float32_a_gpu_has_no_graphs_and_still_the_cpus_tokens(tiny: Tiny, on
     expected, _ = serve(on_cpu, traffic())
     assert serve(runner, traffic())[0] == expected
     assert not [event for event in accelerator.log if event.startswith(("capture", "replay"))]
+
+
+def test_requests_with_adapters_and_without_get_the_cpus_tokens_side_by_side(tiny: Tiny) -> None:
+    generator = torch.Generator().manual_seed(5)
+
+    def pair(inputs: int, outputs: int) -> LowRank:
+        a, b = (torch.randn(shape, generator=generator) * 0.3 for shape in ((4, inputs), (outputs, 4)))
+        return LowRank(a, b)
+
+    pairs: dict[Place, LowRank] = {(0, "q"): pair(64, 128), (1, "down"): pair(96, 64)}
+    on_cpu, loaded = tiny.on_cpu(), tiny.on_gpu(FakeAccelerator())
+    for steps in (on_cpu._steps, loaded.steps):
+        assert steps.adapters is not None
+        steps.adapters.load(1, pairs)
+    plain = traffic()
+    mixed = [changed_to(request, adapter=number % 2) for number, request in enumerate(plain)]
+    expected, _ = serve(on_cpu, mixed)
+    assert serve(loaded.runner, mixed)[0] == expected
+    without, _ = serve(on_cpu, plain)
+    assert {name for name, _ in expected if expected[name, 0] != without[name, 0]} == {"r1", "r3", "r5", "r7"}
+    assert serve(loaded.runner, plain)[0] == without  # by graphs again
