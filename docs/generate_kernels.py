@@ -86,7 +86,7 @@ No GPU was there when these were written: none of them has run on one. What can 
   NCCL, the work of nano-vllm's benchmark and decodes against the roofline, and writes a report. CI runs it with
   `--dry-run`, in the interpreter.
 
-| kernel | does | proven: equals its twin | proven: variants that compile | launched by | waits |
+| kernel | does | proven: equals its twin within | variants, which CI compiles some of | launched by | waits |
 |---|---|---|---|---|---|
 """
 
