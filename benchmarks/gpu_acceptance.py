@@ -176,7 +176,7 @@ def main() -> int:
         outcomes=outcomes,
     )
     text = markdown(report)
-    print(text)
+    print(text, end="")
     _keep(report, text, options.output)
     return int(any(outcome.failed for outcome in outcomes))
 
