@@ -3,7 +3,8 @@
 A list replaces the copy as a whole, a watch keeps it up to date, and what was deleted while no watch was there is gone
 after the next list: an object is in the copy if and only if it was in the cluster at the version that the copy has
 reached. (The indices of kopf 1.45 are not exact in that sense: they drop an object on its DELETED event only, and the
-list after an expired watch compares nothing.) Only objects that carry our label come over the wire.
+list after an expired watch compares nothing; and its watch ends for ever at the first 404, which an API server that has
+just started may answer.) Of other kinds than ours only objects that carry our label come over the wire.
 
 Used by observe.py (reading) and reconcile.py (telling of its own writes); changes are told by the key of the
 InferenceService that they belong to. What is kept of an object is the caller's choice: `project`.
@@ -20,7 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Final, Generic, Protocol, TypeVar
 
 from octavo_operator import metrics, names
-from octavo_operator.errors import ApiError
+from octavo_operator.errors import ApiError, NotFound
 from octavo_operator.resources import Json, Key, Resource
 
 HUNG_SECONDS: Final = 120.0  # a watch that has not turned for so long hangs, because each turn is limited to 40 s
@@ -63,7 +64,7 @@ T = TypeVar("T", bound=Cached)
 
 
 class Cache(Generic[T]):
-    """The objects of one kind, in one namespace or in all, that carry the label `serving.octavo.dev/service`."""
+    """The objects of one kind, in one namespace or in all, that a label selector matches."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Cache(Generic[T]):
         *,
         project: Callable[[Json], T],
         on_change: Callable[[Key], None],
+        selector: str = names.SERVICE_LABEL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.resource = resource
@@ -81,6 +83,7 @@ class Cache(Generic[T]):
         self._api = api
         self._project = project
         self._on_change = on_change
+        self._selector = selector
         self._clock = clock
         self._objects: dict[Key, T] = {}  # by their own namespace and name
         self._of_service: dict[Key, dict[str, T]] = {}  # the same objects; service -> name -> object
@@ -130,6 +133,8 @@ class Cache(Generic[T]):
                 delay = FIRST_RETRY_SECONDS
                 await asyncio.sleep(delay)  # so that a server that ends every watch at once is not asked in a frenzy
             except ApiError as error:
+                if isinstance(error, NotFound):
+                    self._reached()  # its CustomResourceDefinition is not there, which a restart would not change
                 expired = error.status == 410  # 410 Gone: the server has forgotten what happened since our version
                 if expired:
                     self._version = 0
@@ -147,7 +152,7 @@ class Cache(Generic[T]):
         """Replace the copy by what there is, and tell of all that differs; the first time there is nobody to tell."""
         listed: dict[Key, T] = {}
         version = 0
-        async for page in self._api.pages(self.resource, self.namespace, names.SERVICE_LABEL):
+        async for page in self._api.pages(self.resource, self.namespace, self._selector):
             self._reached()
             version = int(page["metadata"]["resourceVersion"])
             for body in page["items"]:
@@ -163,7 +168,7 @@ class Cache(Generic[T]):
 
     async def _watch(self) -> None:
         """Follow the changes until the server ends the watch."""
-        stream = self._api.watch(self.resource, self.namespace, names.SERVICE_LABEL, str(self._version))
+        stream = self._api.watch(self.resource, self.namespace, self._selector, str(self._version))
         async with contextlib.aclosing(stream):
             async for event, body in stream:
                 self._reached()

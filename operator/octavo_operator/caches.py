@@ -1,4 +1,4 @@
-"""The copies of all that the operator watches: pods, children, and children of kinds that a cluster may lack.
+"""The copies of all that the operator watches: services, pods, children, and children of kinds that a cluster may lack.
 
 Used by reconcile.py, which reads `observed`, tells of its own writes by `learn` and keeps `run` going. A kind of
 resources.OPTIONAL is followed while the API server serves it: its CustomResourceDefinition may be installed long after
@@ -8,7 +8,8 @@ the operator, or removed. Whenever that changes, every InferenceService is looke
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from octavo_operator.cache import Cache
 from octavo_operator.errors import ApiError
 from octavo_operator.kube import Kube
 from octavo_operator.observe import Child, Observed, Pod
-from octavo_operator.resources import CHILDREN, OPTIONAL, POD, Json, Key, Resource
+from octavo_operator.resources import CHILDREN, INFERENCE_SERVICE, OPTIONAL, POD, Json, Key, Resource
 
 DISCOVERY_SECONDS: Final = 10.0  # between two looks whether an optional kind is served
 SETTLE_SECONDS: Final = 10.0  # an optional kind that cannot be listed for so long does not hold up the others
@@ -28,6 +29,25 @@ Clock = Callable[[], float]
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """That there is an InferenceService, at some version; all else is read when it is looked at."""
+
+    service: Key
+    version: int
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.service.name
+
+    @classmethod
+    def from_json(cls, body: Json) -> "Known":
+        """What is kept of one."""
+        metadata = body["metadata"]
+        return cls(Key(metadata["namespace"], metadata["name"]), int(metadata["resourceVersion"]))
+
+
 class OptionalKind:
     """A kind that the API server serves now and then, and its caches while it does."""
 
@@ -36,7 +56,7 @@ class OptionalKind:
         kube: Kube,
         resource: Resource,
         make_caches: Callable[[], list[Cache[Child]]],
-        on_change: Callable[[], Awaitable[None]],
+        on_change: Callable[[], None],
     ) -> None:
         self.resource = resource
         self.caches: list[Cache[Child]] = []  # filled ones; none while the kind is not served
@@ -68,10 +88,10 @@ class OptionalKind:
                 for cache in caches:
                     _show_age(cache)
                 self.settled.set()
-                await self._on_change()
+                self._on_change()
                 await gone
                 self.caches = []
-                await self._on_change()
+                self._on_change()
             for task in (*running, filled):
                 task.cancel()
         for cache in caches:
@@ -105,7 +125,7 @@ class Caches:
         namespaces: Sequence[str],
         *,
         on_change: Callable[[Key], None],
-        on_kind: Callable[[], Awaitable[None]],
+        on_kind: Callable[[], None],
         clock: Clock = time.monotonic,
     ) -> None:
         """Make the caches; nothing is asked before `run`.
@@ -113,7 +133,7 @@ class Caches:
         Args:
             kube: the client.
             namespaces: those to watch; none: all.
-            on_change: told which InferenceService has something new.
+            on_change: told which InferenceService has something new, and of all of them once they are known.
             on_kind: told that an optional kind has come or gone.
             clock: seconds.
         """
@@ -121,6 +141,12 @@ class Caches:
         self._scopes: Sequence[str | None] = namespaces or (None,)
         self._on_change = on_change
         self._clock = clock
+        self._services = [
+            Cache(
+                kube, INFERENCE_SERVICE, scope, project=Known.from_json, on_change=on_change, selector="", clock=clock
+            )
+            for scope in self._scopes
+        ]
         always = [resource for kind, resource in CHILDREN.items() if kind not in OPTIONAL]
         self._children = [cache for resource in always for cache in self._of_kind(resource)]
         self._pods = [
@@ -150,7 +176,12 @@ class Caches:
 
     @property
     def _all(self) -> list[Cache[Any]]:
-        return [*self._children, *self._pods, *(cache for kind in self._optional for cache in kind.caches)]
+        return [
+            *self._services,
+            *self._children,
+            *self._pods,
+            *(cache for kind in self._optional for cache in kind.caches),
+        ]
 
     @property
     def offered(self) -> frozenset[str]:
@@ -161,6 +192,10 @@ class Caches:
     def troubles(self) -> list[str]:
         """Why the process should be restarted; empty while all is well."""
         return [trouble for cache in self._all if (trouble := cache.trouble) is not None]
+
+    def services(self) -> list[Key]:
+        """All InferenceServices."""
+        return [known.service for cache in self._services for known in cache]
 
     def pods(self) -> list[Pod]:
         """All pods of the engine, of every InferenceService."""
@@ -187,9 +222,11 @@ class Caches:
                 tasks.create_task(cache.run(), name=f"watch {cache.resource.plural} in {cache.namespace or 'all'}")
             for kind in self._optional:
                 tasks.create_task(kind.run(), name=f"look for {kind.resource.plural}")
-            await _wait_filled([*self._children, *self._pods])
+            await _wait_filled([*self._services, *self._children, *self._pods])
             for kind in self._optional:
                 await kind.settled.wait()
+            for key in self.services():
+                self._on_change(key)
             filled.set()
 
 

@@ -1,9 +1,9 @@
 """What is registered with kopf. Nothing is decided here.
 
-kopf brings the process, the signals, the logging, the health endpoint and the events of InferenceServices. Its events
-only say which service to look at, so that it does not matter if one is lost or comes twice. None of its handlers that
-change an object is used (create, update, delete, timers, daemons): those add finalizers and annotations, and a service
-must be deletable with the operator gone.
+kopf brings the process, the signals, the logging and the health endpoint. It watches nothing: a watch of its own ends
+for ever at the first 404, and tells of no deletion that it has missed; cache.py follows the InferenceServices as all
+else. None of its handlers that change an object is used (create, update, delete, timers, daemons): those add finalizers
+and annotations, and a service must be deletable with the operator gone.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ import kopf
 
 from octavo_operator import names
 from octavo_operator.errors import ApiError
-from octavo_operator.kube import WATCH_GRACE_SECONDS, WATCH_SECONDS, Kube, load_configuration
+from octavo_operator.kube import REQUEST_SECONDS, Kube, load_configuration
 from octavo_operator.reconcile import Reconciler
-from octavo_operator.resources import INFERENCE_SERVICE, Key
+from octavo_operator.resources import INFERENCE_SERVICE
 
 CRD_RETRY_SECONDS = 5.0
 
@@ -54,7 +54,7 @@ def registry(kube: Kube, reconciler: Reconciler) -> kopf.OperatorRegistry:
 
     @kopf.on.startup(id="wait-for-crd", registry=handlers)
     async def wait_for_crd(**_: Any) -> None:
-        """Kopf looks for the kinds it serves once, at its start; it must not do so too early."""
+        """Nobody is told that the operator is healthy before there is something that it can serve."""
         try:
             served = await kube.is_served(INFERENCE_SERVICE)
         except ApiError as error:
@@ -66,10 +66,6 @@ def registry(kube: Kube, reconciler: Reconciler) -> kopf.OperatorRegistry:
     async def stop(**_: Any) -> None:
         await reconciler.stop()
 
-    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, id="changed", registry=handlers)
-    async def changed(namespace: str | None, name: str | None, **_: Any) -> None:
-        reconciler.queue.add(Key(str(namespace), str(name)))
-
     @kopf.on.probe(id="watches", registry=handlers, errors=kopf.ErrorsMode.PERMANENT)
     async def watches(**_: Any) -> str:
         if reconciler.troubles:
@@ -80,14 +76,11 @@ def registry(kube: Kube, reconciler: Reconciler) -> kopf.OperatorRegistry:
 
 
 def settings() -> kopf.OperatorSettings:
-    """How kopf is to behave: no traces in the cluster, no watch that dies in silence, no end because of an outage."""
+    """How kopf is to behave: no traces in the cluster, no end because of an outage."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False  # events are written by events.py
     settings.peering.standalone = True
     settings.scanning.disabled = True  # needs no right to look at CRDs and namespaces
-    settings.watching.server_timeout = WATCH_SECONDS
-    settings.watching.client_timeout = WATCH_SECONDS + WATCH_GRACE_SECONDS
-    settings.watching.inactivity_timeout = WATCH_SECONDS + WATCH_GRACE_SECONDS
-    settings.networking.request_timeout = WATCH_SECONDS + WATCH_GRACE_SECONDS
+    settings.networking.request_timeout = REQUEST_SECONDS
     settings.networking.error_backoffs = Backoffs()
     return settings

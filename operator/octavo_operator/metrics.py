@@ -1,8 +1,8 @@
 """What the operator tells Prometheus: module-level, because prometheus_client's default registry is.
 
 Set by the modules that know the values, served by __main__.py; imports nothing of ours. Alerts on them are in
-helm/octavo/files/alerts.yaml, what to do about those in docs/runbook.md. Requests that kopf sends by itself (the watch
-of InferenceServices) are not counted.
+helm/octavo/files/alerts.yaml, what to do about those in docs/runbook.md. Requests that kopf sends by itself, at its
+start, are not counted.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The work queue: which InferenceServices are to be reconciled, and when.
 
-Filled by the watches (handlers.py, cache.py), emptied by the workers (reconcile.py). It has the guarantees of
+Filled by the watches (cache.py), emptied by the workers (reconcile.py). It has the guarantees of
 client-go's workqueue: a key that is added ten times is worked on once; a key is with one worker at a time, and what is
 added meanwhile runs after it; a key that failed waits, exponentially longer with each failure in a row.
 

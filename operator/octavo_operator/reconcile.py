@@ -57,7 +57,6 @@ class Reconciler:
         self._kube = kube
         self._settings = settings
         self._election = election
-        self._looked_after: set[Key] = set()  # what this process has reconciled and is still there
         self._caches = Caches(kube, settings.namespaces, on_change=self.queue.add, on_kind=self._queue_all, clock=clock)
         self._loads = Loads(self._caches.pods, on_change=self.queue.add)
         self._running: asyncio.Task[None] | None = None
@@ -85,13 +84,10 @@ class Reconciler:
             await asyncio.wait([self._running])
 
     async def _reconcile_all(self) -> None:
-        """Work on the queue until cancelled, as the only operator that does.
-
-        All that there is waits in it: what was never looked at since the watches began, and what changed since. At the
-        end what was looked at is added: its next look is due, or the next leader changes it in a way that tells nobody.
-        """
+        """Work on the queue until cancelled, as the only operator that does."""
         _logger.info("Starting to reconcile.")
         self.queue.forgive()
+        self._queue_all()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._loads.run(), name="ask pods how far they are")
@@ -99,21 +95,11 @@ class Reconciler:
                     tasks.create_task(self._work(), name=f"reconcile worker {number}")
         finally:
             metrics.READINESS.forget_all()
-            for key in self._looked_after:
-                self.queue.add(key)
 
-    async def _queue_all(self) -> None:
-        """Let every InferenceService be looked at: the cluster has learnt a kind of object, or forgotten it."""
-        for namespace in self._settings.namespaces or (None,):
-            while True:
-                try:
-                    async for page in self._kube.pages(INFERENCE_SERVICE, namespace, ""):
-                        for body in page["items"]:
-                            self.queue.add(Key(body["metadata"]["namespace"], body["metadata"]["name"]))
-                    break
-                except ApiError as error:
-                    _logger.warning("InferenceServices cannot be listed, again in 1 s: %s", error)
-                    await asyncio.sleep(1.0)
+    def _queue_all(self) -> None:
+        """Let every InferenceService be looked at."""
+        for key in self._caches.services():
+            self.queue.add(key)
 
     async def _work(self) -> None:
         while True:
@@ -167,9 +153,7 @@ class Reconciler:
             body = None
         if body is None or "deletionTimestamp" in body["metadata"]:
             metrics.READINESS.forget(*key)
-            self._looked_after.discard(key)
             return None  # its children go by their owner references
-        self._looked_after.add(key)
         try:
             service = _parse(body)
         except SpecInvalid as error:

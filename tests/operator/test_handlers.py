@@ -4,7 +4,6 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import aiohttp
 import kopf
@@ -34,18 +33,7 @@ async def test_nothing_is_registered_that_would_leave_traces_in_an_object() -> N
     # These are what kopf adds finalizers and annotations for.
     assert list(registry._changing.get_all_handlers()) == []
     assert list(registry._spawning.get_all_handlers()) == []
-    (watching,) = registry._watching.get_all_handlers()
-    assert watching.id == "changed"
-
-
-async def test_an_event_only_says_which_service_to_look_at() -> None:
-    async with reconciler_at([0.0]) as (kube, reconciler):
-        (watching,) = handlers.registry(kube, reconciler)._watching.get_all_handlers()
-        changed: Any = watching.fn
-        for kind in (None, "ADDED", "MODIFIED", "DELETED"):
-            await changed(namespace="ns", name="llama", type=kind)
-        assert await reconciler.queue.get() == ("ns", "llama")
-        assert len(reconciler.queue) == 0
+    assert list(registry._watching.get_all_handlers()) == []  # a watch of kopf's ends at the first 404
 
 
 @pytest.mark.parametrize(("silent_for", "status"), [(0.0, 200), (HUNG_SECONDS + 1, 500)])

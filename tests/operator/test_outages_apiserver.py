@@ -146,14 +146,24 @@ def test_an_outage_is_outlived_and_what_was_missed_is_made_up_for(
         assert operator.process.poll() is None
 
 
-def test_an_operator_that_comes_before_its_crd_waits_for_it(tmp_path: Path) -> None:
+def install_crd(server: ApiServer) -> None:
+    server.kubectl("apply", "--server-side", f"--filename={ROOT / 'crds'}")
+    server.kubectl("wait", "crd", names.CRD_NAME, "--for=condition=Established", "--timeout=30s")
+
+
+def test_an_operator_that_comes_before_its_crd_waits_and_it_outlives_the_crd(tmp_path: Path) -> None:
     with ApiServer() as server, Playground(server, server.kubeconfig, "default", tmp_path) as playground:
         with playground.operator() as operator:
             eventually(lambda: "is not installed yet" in operator.log.read_text(), "the wait for the CRD")
         with playground.operator() as operator:
             eventually(lambda: "is not installed yet" in operator.log.read_text(), "the wait for the CRD")
-            server.kubectl("apply", "--server-side", f"--filename={ROOT / 'crds'}")
-            server.kubectl("wait", "crd", names.CRD_NAME, "--for=condition=Established", "--timeout=30s")
+            install_crd(server)
             playground.apply()
             playground.await_ready("Unknown", "Starting")
+
+            server.kubectl("delete", "crd", names.CRD_NAME)
+            eventually(lambda: "Watching inferenceservices failed" in operator.log.read_text(), "the lost kind")
+            install_crd(server)
+            playground.apply("gemma")
+            playground.await_ready("Unknown", "Starting", name="gemma")
             assert operator.process.poll() is None
