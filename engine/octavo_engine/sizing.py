@@ -241,10 +241,10 @@ def positions_a_token(spec: DecoderSpec, max_model_len: int) -> int:
 
     A layer with a window counts by the share of the context that its window is.
     """
-    heads = spec.num_heads * spec.head_dim
-    matrices = spec.hidden_size * (2 * heads + 2 * spec.num_kv_heads * spec.head_dim + 3 * spec.intermediate_size)
+    products = spec.num_layers * sum(outputs * inputs for outputs, inputs in spec.layer_matrices.values())
+    products_a_position = 2 * spec.num_heads * spec.head_dim  # in a layer that sees all of them
     seen = sum(1.0 if window is None else min(1.0, window / max_model_len) for window in spec.windows)
-    return max(1, round(spec.num_layers * matrices / (2 * heads * _ATTENTION_COST * seen)))
+    return max(1, round(products / (products_a_position * _ATTENTION_COST * seen)))
 
 
 def in_mib(num_bytes: int) -> str:

@@ -215,21 +215,9 @@ class CpuDecoder:
         return tokens
 
     def _load_layer(self, source: WeightSource, layer: int) -> None:
-        spec = self._spec
-        hidden, middle = spec.hidden_size, spec.intermediate_size
-        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        matrices: dict[LayerRole, tuple[int, int]] = {
-            "q": (queries, hidden),
-            "k": (keys, hidden),
-            "v": (keys, hidden),
-            "o": (hidden, queries),
-            "gate": (middle, hidden),
-            "up": (middle, hidden),
-            "down": (hidden, middle),
-        }
         for role, size in self._vector_sizes().items():
             self._load_vector(source, role, size, layer)
-        for role, shape in matrices.items():
+        for role, shape in self._spec.layer_matrices.items():
             self._load_matrix(source, role, shape, layer)
 
     def _vector_sizes(self) -> Mapping[LayerRole, int]:

@@ -98,24 +98,9 @@ def read_adapter(path: Path, spec: DecoderSpec) -> Adapter:
     raise ModelNotFound(f"there is no adapter at {path}: give a folder with {CONFIG_FILE}, or a .gguf file")
 
 
-def shapes_of(spec: DecoderSpec) -> dict[LayerRole, tuple[int, int]]:
-    """Out and in of each matrix that an adapter may add to."""
-    hidden, middle = spec.hidden_size, spec.intermediate_size
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    return {
-        "q": (queries, hidden),
-        "k": (keys, hidden),
-        "v": (keys, hidden),
-        "o": (hidden, queries),
-        "gate": (middle, hidden),
-        "up": (middle, hidden),
-        "down": (hidden, middle),
-    }
-
-
 def most_elements(spec: DecoderSpec, rank: int) -> int:
     """Numbers in an adapter of that rank which adds to every matrix that it may."""
-    return spec.num_layers * rank * sum(map(sum, shapes_of(spec).values()))
+    return spec.num_layers * rank * sum(map(sum, spec.layer_matrices.values()))
 
 
 def stacked_rank(rank: int) -> int:
@@ -150,7 +135,7 @@ def _from_folder(folder: Path, spec: DecoderSpec) -> Adapter:
         rank = int(rank_of(module))
         scales[place] = alpha_of(module) / (math.sqrt(rank) if is_stabilised else rank)
         side = match["side"].lower()
-        halves.setdefault(place, {})[side] = _checked(WEIGHTS_FILE, tensor, side, rank, shapes_of(spec)[place[1]])
+        halves.setdefault(place, {})[side] = _checked(WEIGHTS_FILE, tensor, side, rank, spec.layer_matrices[place[1]])
     return Adapter(folder, _joined(WEIGHTS_FILE, halves, scales), pairs_adjacent=False)
 
 
@@ -235,7 +220,7 @@ def _from_gguf(path: Path, spec: DecoderSpec) -> Adapter:
         side = match["side"]
         rank = tensor.shape[0 if side == "a" else -1]
         scales[place] = alpha / rank
-        halves.setdefault(place, {})[side] = _checked(path.name, tensor, side, rank, shapes_of(spec)[place[1]])
+        halves.setdefault(place, {})[side] = _checked(path.name, tensor, side, rank, spec.layer_matrices[place[1]])
     return Adapter(path, _joined(path.name, halves, scales), pairs_adjacent=family.gguf_pairs_adjacent)
 
 

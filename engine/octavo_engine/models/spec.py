@@ -11,7 +11,10 @@ A layer computes, on a residual x that stays float32 (P: only with `post_norms`)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from octavo_engine.models.family import LayerRole
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -122,6 +125,21 @@ class DecoderSpec:
     def kv_elements_per_token(self) -> int:
         """Numbers that the KV cache keeps for one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def layer_matrices(self) -> dict[LayerRole, tuple[int, int]]:
+        """(outputs, inputs) of each matrix of a layer."""
+        hidden, middle = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q": (queries, hidden),
+            "k": (keys, hidden),
+            "v": (keys, hidden),
+            "o": (hidden, queries),
+            "gate": (middle, hidden),
+            "up": (middle, hidden),
+            "down": (hidden, middle),
+        }
 
     def share(self, ranks: int) -> DecoderSpec:
         """What one of so many ranks computes of attention and of the MLP.

@@ -21,7 +21,6 @@ from octavo_engine.cpu import library as libraries
 from octavo_engine.cpu.compute import NATIVE_GROUP_BYTES, matrix_bytes
 from octavo_engine.cpu.decoder import CpuDecoder
 from octavo_engine.cpu.variants import VARIANTS, best_variant
-from octavo_engine.models.adapter import shapes_of
 from octavo_engine.models.decoder import TorchDecoder
 from octavo_engine.models.spec import DecoderSpec, Rope
 from octavo_engine.plan import SamplingParams, ScheduledRequest, StepPlan
@@ -337,7 +336,7 @@ def random_pairs(spec: DecoderSpec, rank: int) -> dict[Place, LowRank]:
             torch.randn(outputs, rank, generator=generator) / math.sqrt(4 * rank),
         )
         for layer in range(spec.num_layers)
-        for role, (outputs, inputs) in shapes_of(spec).items()
+        for role, (outputs, inputs) in spec.layer_matrices.items()
         if rank > 3 or role in ("k", "o", "up")
     }
 
