@@ -70,7 +70,7 @@ def fixed_work(num_users: int, num_requests: int, num_prompt_tokens: int = 112, 
 
 def spread_work(num_users: int, num_requests: int) -> Work:
     """Short prompts of 24 to 50 tokens and answers uniform in 32..256 tokens: where static batches waste most."""
-    rng = random.Random("spread")  # noqa: S311
+    rng = random.Random("spread")  # noqa: S311 - prompts, not secrets
     jobs = [Job(random_prompt(rng, rng.randint(24, 50)), rng.randint(32, 256)) for _ in range(num_requests)]
     return Work("spread", num_users, jobs)
 
@@ -81,7 +81,7 @@ def nano_vllm_work(num_requests: int = 256, shortest: int = 100, longest: int = 
     By default the very tokens that it draws from seed 0: 142,827 in, 133,966 out. At temperature 0.6 it tells of 1,434
     tokens/s with Qwen3-0.6B on a GeForce RTX 4070 for laptops, where vLLM has 1,362 (its README).
     """
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)  # noqa: S311 - prompts, not secrets
     prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(shortest, longest))] for _ in range(num_requests)]
     jobs = [Job(prompt, rng.randint(shortest, longest)) for prompt in prompts]
     return Work(f"{num_requests} at once, {shortest} to {longest} in and out", num_requests, jobs)
@@ -98,7 +98,7 @@ async def run(url: str, model: str, work: Work) -> Seen:
     Raises:
         RequestFailed: a request got no whole answer.
     """
-    rng = random.Random("warm-up")  # noqa: S311
+    rng = random.Random("warm-up")  # noqa: S311 - prompts, not secrets
     warm_up = [Job(random_prompt(rng, 16), 4) for _ in range(work.num_users)]
     await asyncio.gather(*(ask(url, model, job, Seen()) for job in warm_up))
     seen, jobs = Seen(), iter(work.jobs)
